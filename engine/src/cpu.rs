@@ -1,0 +1,470 @@
+//! The state of one virtual CPU.
+//!
+//! [`Cpu`] is what translated code addresses off the host stack pointer, so its first fields lie within
+//! reach of an 8-bit displacement and its layout is fixed. Everything else that a vCPU owns is in
+//! [`Vcpu`]. Outside translated code the state in `Cpu` is complete and precise.
+
+use crate::mem::Slots;
+use crate::vm::{VcpuShared, Vm};
+use std::sync::Arc;
+
+pub const RAX: usize = 0;
+pub const RCX: usize = 1;
+pub const RDX: usize = 2;
+pub const RBX: usize = 3;
+pub const RSP: usize = 4;
+pub const RBP: usize = 5;
+pub const RSI: usize = 6;
+pub const RDI: usize = 7;
+
+pub const ES: usize = 0;
+pub const CS: usize = 1;
+pub const SS: usize = 2;
+pub const DS: usize = 3;
+pub const FS: usize = 4;
+pub const GS: usize = 5;
+
+pub mod rflags {
+    pub const CF: u64 = 1;
+    pub const PF: u64 = 1 << 2;
+    pub const AF: u64 = 1 << 4;
+    pub const ZF: u64 = 1 << 6;
+    pub const SF: u64 = 1 << 7;
+    pub const TF: u64 = 1 << 8;
+    pub const IF: u64 = 1 << 9;
+    pub const DF: u64 = 1 << 10;
+    pub const OF: u64 = 1 << 11;
+    pub const IOPL: u64 = 3 << 12;
+    pub const NT: u64 = 1 << 14;
+    pub const RF: u64 = 1 << 16;
+    pub const VM: u64 = 1 << 17;
+    pub const AC: u64 = 1 << 18;
+    pub const VIF: u64 = 1 << 19;
+    pub const VIP: u64 = 1 << 20;
+    pub const ID: u64 = 1 << 21;
+    /// The flags that instructions compute; in translated code they live in the host's EFLAGS.
+    pub const ARITH: u64 = CF | PF | AF | ZF | SF | OF;
+}
+
+pub mod cr0 {
+    pub const PE: u64 = 1;
+    pub const MP: u64 = 1 << 1;
+    pub const EM: u64 = 1 << 2;
+    pub const TS: u64 = 1 << 3;
+    pub const ET: u64 = 1 << 4;
+    pub const NE: u64 = 1 << 5;
+    pub const WP: u64 = 1 << 16;
+    pub const AM: u64 = 1 << 18;
+    pub const NW: u64 = 1 << 29;
+    pub const CD: u64 = 1 << 30;
+    pub const PG: u64 = 1 << 31;
+}
+
+pub mod cr4 {
+    pub const VME: u64 = 1;
+    pub const PVI: u64 = 1 << 1;
+    pub const TSD: u64 = 1 << 2;
+    pub const DE: u64 = 1 << 3;
+    pub const PSE: u64 = 1 << 4;
+    pub const PAE: u64 = 1 << 5;
+    pub const MCE: u64 = 1 << 6;
+    pub const PGE: u64 = 1 << 7;
+    pub const PCE: u64 = 1 << 8;
+    pub const OSFXSR: u64 = 1 << 9;
+    pub const OSXMMEXCPT: u64 = 1 << 10;
+    pub const UMIP: u64 = 1 << 11;
+    pub const LA57: u64 = 1 << 12;
+    pub const FSGSBASE: u64 = 1 << 16;
+    pub const PCIDE: u64 = 1 << 17;
+    pub const OSXSAVE: u64 = 1 << 18;
+    pub const SMEP: u64 = 1 << 20;
+    pub const SMAP: u64 = 1 << 21;
+    pub const PKE: u64 = 1 << 22;
+}
+
+pub mod efer {
+    pub const SCE: u64 = 1;
+    pub const LME: u64 = 1 << 8;
+    pub const LMA: u64 = 1 << 10;
+    pub const NXE: u64 = 1 << 11;
+}
+
+/// A segment register: the selector and the cached descriptor.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C)]
+pub struct Seg {
+    pub base: u64,
+    /// In bytes, granularity already applied.
+    pub limit: u32,
+    pub sel: u16,
+    /// Descriptor bits 40–47 in bits 0–7 (type, S, DPL, P) and bits 52–55 in bits 12–15 (AVL, L, D/B, G).
+    pub attr: u16,
+    pub unusable: bool,
+}
+
+impl Seg {
+    pub const L: u16 = 1 << 13;
+    pub const DB: u16 = 1 << 14;
+    pub const G: u16 = 1 << 15;
+    pub fn dpl(&self) -> u8 {
+        (self.attr >> 5 & 3) as u8
+    }
+    pub fn long(&self) -> bool {
+        self.attr & Self::L != 0
+    }
+    pub fn db(&self) -> bool {
+        self.attr & Self::DB != 0
+    }
+}
+
+/// GDTR or IDTR.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C)]
+pub struct Table {
+    pub base: u64,
+    pub limit: u16,
+}
+
+/// Entries of one software TLB; a power of two.
+pub const TLB_ENTRIES: usize = 1024;
+/// Tag of an invalid entry: no linear address minus this is a small page offset.
+pub const TLB_INVALID: u64 = 1 << 63 | 1 << 62 >> 1;
+
+/// One translation, of the 4 KiB page whose linear address is in the tag.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub struct TlbEntry {
+    /// The page's linear address if reads through this entry are allowed, else `TLB_INVALID`.
+    pub read: u64,
+    /// The same for writes (dirty bit set, no code in the page, no dirty logging pending).
+    pub write: u64,
+    /// Host address of the page.
+    pub host: u64,
+    /// gpa of the page | `TLB_GLOBAL`.
+    pub gpa: u64,
+}
+pub const TLB_GLOBAL: u64 = 1;
+
+/// Which TLB an access uses; also part of a block's key.
+pub mod mmu_mode {
+    /// Supervisor; user pages are refused if CR4.SMAP.
+    pub const KERNEL: usize = 0;
+    /// Supervisor with EFLAGS.AC (SMAP lifted).
+    pub const KERNEL_AC: usize = 1;
+    pub const USER: usize = 2;
+    pub const COUNT: usize = 3;
+}
+
+/// The state that translated code reaches off the host stack pointer. **Field order is ABI.**
+#[repr(C, align(64))]
+pub struct Cpu {
+    /// Byte 0: something happened, set by any thread (kick, interrupt, timer, safepoint request). Byte 1:
+    /// re-evaluate interrupts, set by this vCPU alone. Polled as one 32-bit word.
+    pub poll: [u8; 4],
+    /// RFLAGS.IF as 0 or 1.
+    pub iflag: u8,
+    /// An interrupt waits for IF; `sti` copies this to `poll[1]`.
+    pub irq_waiting: u8,
+    pub cpl: u8,
+    /// Interrupts are held off for one instruction (after STI or MOV SS).
+    pub shadow: u8,
+    /// Arithmetic flags saved by translated code: LAHF's AH in bits 8–15, SETO's byte in bits 0–7.
+    pub flags_saved: u64,
+    pub tmp: [u64; 2],
+    /// In x86 encoding order. Complete outside translated code.
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    /// `rflags::ARITH` bits; valid outside translated code.
+    pub aflags: u64,
+    /// All other RFLAGS bits but IF (bit 1 is always set in the architectural value).
+    pub sysflags: u64,
+    pub segs: [Seg; 6],
+    pub ldtr: Seg,
+    pub tr: Seg,
+    pub gdtr: Table,
+    pub idtr: Table,
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub xcr0: u64,
+    pub dr: [u64; 8],
+    /// Guest TSC = host TSC + this.
+    pub tsc_offset: u64,
+    pub msr: Msrs,
+    /// Saved by the run loop: the host's stack pointer while translated code runs.
+    pub host_rsp: u64,
+    /// XSAVE area (standard format) of the guest's x87, SSE and AVX state; valid outside translated code.
+    pub fpu: XsaveArea,
+    pub tlb: [[TlbEntry; TLB_ENTRIES]; mmu_mode::COUNT],
+}
+
+#[repr(C, align(64))]
+pub struct XsaveArea(pub [u8; 4096]);
+
+/// MSRs that are plain state.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct Msrs {
+    pub star: u64,
+    pub lstar: u64,
+    pub cstar: u64,
+    pub sfmask: u64,
+    pub kernel_gs_base: u64,
+    pub sysenter_cs: u64,
+    pub sysenter_esp: u64,
+    pub sysenter_eip: u64,
+    pub tsc_aux: u64,
+    pub pat: u64,
+    pub apic_base: u64,
+    pub misc_enable: u64,
+    pub mtrr_def_type: u64,
+    pub mtrr_fixed: [u64; 11],
+    pub mtrr_var: [u64; 16],
+    pub spec_ctrl: u64,
+    pub tsc_adjust: u64,
+    pub mcg_status: u64,
+    pub kvm_wall_clock: u64,
+    pub kvm_system_time: u64,
+    pub kvm_async_pf: u64,
+    pub kvm_steal_time: u64,
+    pub kvm_pv_eoi: u64,
+    pub kvm_poll_control: u64,
+}
+
+impl Cpu {
+    /// RFLAGS as the architecture shows it.
+    pub fn rflags(&self) -> u64 {
+        self.aflags & rflags::ARITH | self.sysflags | (self.iflag as u64) << 9 | 2
+    }
+    pub fn set_rflags(&mut self, value: u64) {
+        self.aflags = value & rflags::ARITH;
+        self.iflag = (value >> 9 & 1) as u8;
+        self.sysflags = value & !(rflags::ARITH | rflags::IF | 2) & 0x3f_ffff;
+    }
+    /// 64-bit code: long mode active and CS.L.
+    pub fn long64(&self) -> bool {
+        self.efer & efer::LMA != 0 && self.segs[CS].long()
+    }
+    pub fn paging(&self) -> bool {
+        self.cr0 & cr0::PG != 0
+    }
+    pub fn mmu_mode(&self) -> usize {
+        if self.cpl == 3 {
+            mmu_mode::USER
+        } else if self.sysflags & rflags::AC != 0 {
+            mmu_mode::KERNEL_AC
+        } else {
+            mmu_mode::KERNEL
+        }
+    }
+}
+
+/// A guest exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    pub vector: u8,
+    pub error: Option<u32>,
+    /// CR2 for #PF, the DR6 bits for #DB.
+    pub payload: u64,
+    /// Raised by INT n, INT3, INTO or INT1: a trap whose gate's DPL is checked, delivered with the
+    /// address of the next instruction (already in `rip`).
+    pub software: bool,
+}
+
+impl Exception {
+    pub const fn new(vector: u8) -> Self {
+        Self {
+            vector,
+            error: None,
+            payload: 0,
+            software: false,
+        }
+    }
+    pub const fn with_error(vector: u8, error: u32) -> Self {
+        Self {
+            vector,
+            error: Some(error),
+            payload: 0,
+            software: false,
+        }
+    }
+    pub const fn ud() -> Self {
+        Self::new(6)
+    }
+    pub const fn gp(error: u32) -> Self {
+        Self::with_error(13, error)
+    }
+    pub const fn page_fault(error: u32, cr2: u64) -> Self {
+        Self {
+            vector: 14,
+            error: Some(error),
+            payload: cr2,
+            software: false,
+        }
+    }
+}
+
+/// Why KVM_RUN returns; the run loop writes it to `kvm_run`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// `data` holds `size * count` bytes for OUT, and is empty for IN (filled by the caller on re-entry).
+    Io {
+        input: bool,
+        size: u8,
+        port: u16,
+        count: u32,
+        data: Vec<u8>,
+    },
+    Mmio {
+        gpa: u64,
+        len: u8,
+        write: bool,
+        data: [u8; 8],
+    },
+    Hlt,
+    Shutdown,
+    IrqWindowOpen,
+    Intr,
+    IoapicEoi(u8),
+    Debug {
+        exception: u32,
+        pc: u64,
+        dr6: u64,
+        dr7: u64,
+    },
+    InternalError(String),
+}
+
+/// What ends an instruction early. The state is that before the instruction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    Exception(Exception),
+    Exit(Exit),
+}
+impl From<Exception> for Stop {
+    fn from(e: Exception) -> Self {
+        Stop::Exception(e)
+    }
+}
+impl From<Exit> for Stop {
+    fn from(e: Exit) -> Self {
+        Stop::Exit(e)
+    }
+}
+pub type Res<T> = Result<T, Stop>;
+
+/// Accesses that left for user space and came back.
+///
+/// An instruction that reads a device stops with `Exit` before it changed anything; on re-entry it runs
+/// again and its device reads are served from `done` in order. Device writes happen last: they are queued
+/// in `writes` while the instruction completes, and each leaves by an exit of its own before the next
+/// instruction starts.
+#[derive(Default)]
+pub struct IoState {
+    /// Fragments read so far by the instruction at `rip`: gpa or port, data.
+    pub done: Vec<(u64, Vec<u8>)>,
+    /// How many of `done` the current attempt has used.
+    pub used: usize,
+    /// The read that user space is answering now: address, length in bytes, whether it is a port.
+    pub waiting: Option<(u64, usize, bool)>,
+    /// Device writes (gpa, data) of a completed instruction that have not left yet.
+    pub writes: std::collections::VecDeque<(u64, Vec<u8>)>,
+}
+
+/// CPUID entry as KVM_SET_CPUID2 gives it (`kvm_cpuid_entry2`).
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C)]
+pub struct CpuidEntry {
+    pub function: u32,
+    pub index: u32,
+    pub flags: u32,
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+    pub padding: [u32; 3],
+}
+
+/// `Cpu` at the top of the stack that translated code and its helpers run on.
+pub struct CpuBox {
+    map: *mut u8,
+    len: usize,
+    cpu: *mut Cpu,
+}
+
+// SAFETY: the mapping is owned by this box alone; a vCPU is used by one thread at a time.
+unsafe impl Send for CpuBox {}
+// SAFETY: shared references only read; the byte that other threads write is reached through an atomic.
+unsafe impl Sync for CpuBox {}
+
+/// Stack below `Cpu` for helpers called from translated code.
+const STACK_BYTES: usize = 512 << 10;
+
+impl CpuBox {
+    pub fn new() -> std::io::Result<Self> {
+        let len = (STACK_BYTES + size_of::<Cpu>()).next_multiple_of(4096) + 4096;
+        // SAFETY: an anonymous mapping of our own; the lowest page becomes a guard.
+        let map = unsafe {
+            let p = libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            if p == libc::MAP_FAILED || libc::mprotect(p, 4096, libc::PROT_NONE) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            p as *mut u8
+        };
+        // SAFETY: inside the mapping, page-aligned; all-zero is a valid `Cpu`.
+        let cpu = unsafe { map.add(4096 + STACK_BYTES) as *mut Cpu };
+        let mut this = Self { map, len, cpu };
+        for table in this.tlb.iter_mut() {
+            for e in table.iter_mut() {
+                (e.read, e.write) = (TLB_INVALID, TLB_INVALID);
+            }
+        }
+        Ok(this)
+    }
+    pub fn as_ptr(&self) -> *mut Cpu {
+        self.cpu
+    }
+}
+impl Drop for CpuBox {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, not used after this.
+        unsafe { libc::munmap(self.map.cast(), self.len) };
+    }
+}
+impl std::ops::Deref for CpuBox {
+    type Target = Cpu;
+    fn deref(&self) -> &Cpu {
+        // SAFETY: valid for the box's life.
+        unsafe { &*self.cpu }
+    }
+}
+impl std::ops::DerefMut for CpuBox {
+    fn deref_mut(&mut self) -> &mut Cpu {
+        // SAFETY: valid for the box's life; uniquely borrowed.
+        unsafe { &mut *self.cpu }
+    }
+}
+
+/// One virtual CPU: owned by the thread that runs it.
+pub struct Vcpu {
+    pub cpu: CpuBox,
+    pub vm: Arc<Vm>,
+    /// What other threads may touch: kick, wake, local APIC.
+    pub shared: Arc<VcpuShared>,
+    /// The memory slots as of the last safepoint.
+    pub slots: Arc<Slots>,
+    pub cpuid: Vec<CpuidEntry>,
+    pub io: IoState,
+    /// Exception, NMI or interrupt being delivered when an exit cut the delivery short.
+    pub injected: Option<Exception>,
+    pub nmi_masked: bool,
+}
