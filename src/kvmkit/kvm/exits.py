@@ -1,0 +1,324 @@
+"""Why KVM_RUN returned: one small object per exit reason, made for ``match``.
+
+`data` of `Io` and `Mmio` is a window into kvm_run itself: what the caller writes there is what the guest reads when the
+vCPU is run again. It is valid until then. (Documentation/virt/kvm/api.rst, section 5, "The kvm_run structure".)
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvmkit.uapi import common as c
+from kvmkit.uapi import x86
+from kvmkit.uapi.layout import offset_of
+
+
+@dataclass(frozen=True, slots=True)
+class Io:
+    """KVM_EXIT_IO: the guest executed in, out, ins or outs. `data` holds `count` items of `size` bytes."""
+
+    direction: int
+    size: int
+    port: int
+    count: int
+    data: memoryview
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the guest writes: `data` is what it wrote. Else `data` is to be filled in."""
+        return self.direction == c.KVM_EXIT_IO_OUT
+
+
+@dataclass(frozen=True, slots=True)
+class Mmio:
+    """KVM_EXIT_MMIO: an access of `len` bytes (up to 8) where no memory slot is. `data` is `len` bytes, little-endian."""
+
+    phys_addr: int
+    len: int
+    is_write: bool
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Hlt:
+    """KVM_EXIT_HLT: the guest halted, and no interrupt chip of the kernel's is there to wait in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """KVM_EXIT_SHUTDOWN: a triple fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Intr:
+    """KVM_EXIT_INTR, or KVM_RUN failed with EINTR: a signal, a kick or `immediate_exit`."""
+
+
+@dataclass(frozen=True, slots=True)
+class IrqWindowOpen:
+    """KVM_EXIT_IRQ_WINDOW_OPEN: `request_interrupt_window` was set, and KVM_INTERRUPT would be taken now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exception_:
+    """KVM_EXIT_EXCEPTION. Never seen on x86 or arm64 of today."""
+
+    exception: int
+    error_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hypercall:
+    """KVM_EXIT_HYPERCALL. The answer goes to ``kvm_run.exit.hypercall.ret``."""
+
+    nr: int
+    args: tuple[int, ...]
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class Debug:
+    """KVM_EXIT_DEBUG: KVM_SET_GUEST_DEBUG asked for it. `arch` is a copy of kvm_debug_exit_arch."""
+
+    arch: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FailEntry:
+    """KVM_EXIT_FAIL_ENTRY: the processor refused the guest's state."""
+
+    hardware_entry_failure_reason: int
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class InternalError:
+    """KVM_EXIT_INTERNAL_ERROR. `data` is what KVM gave beside `suberror`."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+    @property
+    def insn_bytes(self) -> bytes:
+        """The instruction that KVM could not emulate, where it says so (KVM_INTERNAL_ERROR_EMULATION); else empty."""
+        flag = c.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        if self.suberror != c.KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3 or not self.data[0] & flag:
+            return b""
+        packed = b"".join(word.to_bytes(8, "little") for word in self.data[1:3])
+        return packed[1 : 1 + min(packed[0], 15)]
+
+
+@dataclass(frozen=True, slots=True)
+class SetTpr:
+    """KVM_EXIT_SET_TPR: the guest lowered CR8; the interrupt chip is in user space."""
+
+
+@dataclass(frozen=True, slots=True)
+class TprAccess:
+    """KVM_EXIT_TPR_ACCESS (KVM_TPR_ACCESS_REPORTING)."""
+
+    rip: int
+    is_write: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Nmi:
+    """KVM_EXIT_NMI: a host NMI came in."""
+
+
+@dataclass(frozen=True, slots=True)
+class SystemEvent:
+    """KVM_EXIT_SYSTEM_EVENT. `type` is one of KVM_SYSTEM_EVENT_*; `data[0]`, where given, holds flags."""
+
+    type: int
+    data: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IoapicEoi:
+    """KVM_EXIT_IOAPIC_EOI: an EOI for `vector` that the split interrupt chip's IOAPIC must see."""
+
+    vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArmNisv:
+    """KVM_EXIT_ARM_NISV: an MMIO access by an instruction of which the processor gave no syndrome."""
+
+    esr_iss: int
+    fault_ipa: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rdmsr:
+    """KVM_EXIT_X86_RDMSR. The answer goes to ``kvm_run.exit.msr.data``, or ``.error = 1`` for #GP."""
+
+    index: int
+    reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wrmsr:
+    """KVM_EXIT_X86_WRMSR. ``kvm_run.exit.msr.error = 1`` gives #GP."""
+
+    index: int
+    reason: int
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyRingFull:
+    """KVM_EXIT_DIRTY_RING_FULL: collect the ring and KVM_RESET_DIRTY_RINGS."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApResetHold:
+    """KVM_EXIT_AP_RESET_HOLD (SEV-ES)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusLock:
+    """KVM_EXIT_X86_BUS_LOCK."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """KVM_EXIT_NOTIFY: the guest kept the processor from opening an event window."""
+
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFault:
+    """KVM_EXIT_MEMORY_FAULT, beside KVM_RUN failing with EFAULT or EHWPOISON."""
+
+    flags: int
+    gpa: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Any other exit reason. `hardware_exit_reason` is meaningful for KVM_EXIT_UNKNOWN alone."""
+
+    reason: int
+    hardware_exit_reason: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name of the reason, or its number."""
+        return c.EXIT_REASONS.get(self.reason, str(self.reason))
+
+
+Exit = (
+    Io
+    | Mmio
+    | Hlt
+    | Shutdown
+    | Intr
+    | IrqWindowOpen
+    | Exception_
+    | Hypercall
+    | Debug
+    | FailEntry
+    | InternalError
+    | SetTpr
+    | TprAccess
+    | Nmi
+    | SystemEvent
+    | IoapicEoi
+    | ArmNisv
+    | Rdmsr
+    | Wrmsr
+    | DirtyRingFull
+    | ApResetHold
+    | BusLock
+    | Notify
+    | MemoryFault
+    | Unknown
+)
+
+_MMIO_DATA = offset_of(x86.kvm_run, "exit") + offset_of(c.kvm_run_mmio, "data")  # the same on arm64
+
+
+def _io(run: Any, area: memoryview) -> Exit:
+    io = run.exit.io
+    start = io.data_offset
+    return Io(io.direction, io.size, io.port, io.count, area[start : start + io.size * io.count])
+
+
+def _mmio(run: Any, area: memoryview) -> Exit:
+    mmio = run.exit.mmio
+    length = mmio.len
+    return Mmio(mmio.phys_addr, length, bool(mmio.is_write), area[_MMIO_DATA : _MMIO_DATA + length])
+
+
+def _debug(run: Any, _area: memoryview) -> Exit:
+    arch = run.exit.debug.arch
+    return Debug(type(arch).from_buffer_copy(arch))
+
+
+def _internal(run: Any, _area: memoryview) -> Exit:
+    internal = run.exit.internal
+    return InternalError(internal.suberror, tuple(internal.data[: internal.ndata]))
+
+
+def _system_event(run: Any, _area: memoryview) -> Exit:
+    event = run.exit.system_event
+    return SystemEvent(event.type, tuple(event.data[: event.ndata]))
+
+
+def _hypercall(run: Any, _area: memoryview) -> Exit:
+    call = run.exit.hypercall
+    return Hypercall(call.nr, tuple(call.args), call.flags)
+
+
+def _always(exit_: Exit) -> Callable[[Any, memoryview], Exit]:
+    return lambda _run, _area: exit_
+
+
+_DECODERS: dict[int, Callable[[Any, memoryview], Exit]] = {
+    c.KVM_EXIT_EXCEPTION: lambda run, _: Exception_(run.exit.ex.exception, run.exit.ex.error_code),
+    c.KVM_EXIT_IO: _io,
+    c.KVM_EXIT_HYPERCALL: _hypercall,
+    c.KVM_EXIT_DEBUG: _debug,
+    c.KVM_EXIT_HLT: _always(Hlt()),
+    c.KVM_EXIT_MMIO: _mmio,
+    c.KVM_EXIT_IRQ_WINDOW_OPEN: _always(IrqWindowOpen()),
+    c.KVM_EXIT_SHUTDOWN: _always(Shutdown()),
+    c.KVM_EXIT_FAIL_ENTRY: lambda run, _: FailEntry(
+        run.exit.fail_entry.hardware_entry_failure_reason, run.exit.fail_entry.cpu
+    ),
+    c.KVM_EXIT_INTR: _always(Intr()),
+    c.KVM_EXIT_SET_TPR: _always(SetTpr()),
+    c.KVM_EXIT_TPR_ACCESS: lambda run, _: TprAccess(
+        run.exit.tpr_access.rip, bool(run.exit.tpr_access.is_write)
+    ),
+    c.KVM_EXIT_NMI: _always(Nmi()),
+    c.KVM_EXIT_INTERNAL_ERROR: _internal,
+    c.KVM_EXIT_SYSTEM_EVENT: _system_event,
+    c.KVM_EXIT_IOAPIC_EOI: lambda run, _: IoapicEoi(run.exit.eoi.vector),
+    c.KVM_EXIT_ARM_NISV: lambda run, _: ArmNisv(run.exit.arm_nisv.esr_iss, run.exit.arm_nisv.fault_ipa),
+    c.KVM_EXIT_X86_RDMSR: lambda run, _: Rdmsr(run.exit.msr.index, run.exit.msr.reason),
+    c.KVM_EXIT_X86_WRMSR: lambda run, _: Wrmsr(run.exit.msr.index, run.exit.msr.reason, run.exit.msr.data),
+    c.KVM_EXIT_DIRTY_RING_FULL: _always(DirtyRingFull()),
+    c.KVM_EXIT_AP_RESET_HOLD: _always(ApResetHold()),
+    c.KVM_EXIT_X86_BUS_LOCK: _always(BusLock()),
+    c.KVM_EXIT_NOTIFY: lambda run, _: Notify(run.exit.notify.flags),
+    c.KVM_EXIT_MEMORY_FAULT: lambda run, _: MemoryFault(
+        run.exit.memory_fault.flags, run.exit.memory_fault.gpa, run.exit.memory_fault.size
+    ),
+}
+
+
+def decode(run: ctypes.Structure, area: memoryview) -> Exit:
+    """Return the exit that a kvm_run describes.
+
+    `run` is a kvm_run of either architecture, `area` the writable bytes of the vCPU's mapping that it starts (with the PIO
+    data page, which `data_offset` points into).
+    """
+    decoder = _DECODERS.get(run.exit_reason)
+    if decoder is None:
+        return Unknown(run.exit_reason, run.exit.hw.hardware_exit_reason)
+    return decoder(run, area)
