@@ -1,0 +1,292 @@
+"""The x86 part of the kernel's KVM (``arch/x86/kvm``)."""
+
+import ctypes
+import errno
+from collections.abc import Iterable, Mapping, Sequence
+
+from kvmkit.kvm.linux import main
+from kvmkit.kvm.linux.main import Fd, Flexible
+from kvmkit.uapi import arm64, common
+from kvmkit.uapi import common as c
+from kvmkit.uapi import x86 as x
+from kvmkit.uapi.capabilities import KVM_CAP_XSAVE2
+
+
+class _Tables(Fd):
+    """CPUID and MSR tables, which the system and vCPUs share."""
+
+    def _cpuid(self, request: int) -> list[x.kvm_cpuid_entry2]:
+        count = 64
+        while True:
+            table = Flexible(x.kvm_cpuid2, x.kvm_cpuid_entry2, count)
+            table.head.nent = count
+            try:
+                self._ioctl(request, table.buffer)
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                count *= 2
+            else:
+                return list(table.entries[: table.head.nent])
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """KVM_GET_MSRS."""
+        wanted = list(indices)
+        table = Flexible(x.kvm_msrs, x.kvm_msr_entry, len(wanted))
+        table.head.nmsrs = len(wanted)
+        for entry, index in zip(table.entries, wanted, strict=True):
+            entry.index = index
+        count = self._ioctl(x.KVM_GET_MSRS, table.buffer)
+        return {entry.index: entry.data for entry in table.entries[:count]}
+
+
+class Kvm(_Tables, main.Kvm):
+    """``/dev/kvm`` on x86."""
+
+    def __init__(self, path: str) -> None:
+        """Open `path`."""
+        self.vm_class = Vm
+        super().__init__(path)
+
+    def get_supported_cpuid(self) -> list[x.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_CPUID."""
+        return self._cpuid(x.KVM_GET_SUPPORTED_CPUID)
+
+    def get_emulated_cpuid(self) -> list[x.kvm_cpuid_entry2]:
+        """KVM_GET_EMULATED_CPUID."""
+        return self._cpuid(x.KVM_GET_EMULATED_CPUID)
+
+    def get_msr_index_list(self) -> list[int]:
+        """KVM_GET_MSR_INDEX_LIST."""
+        return self._msr_list(x.KVM_GET_MSR_INDEX_LIST)
+
+    def get_msr_feature_index_list(self) -> list[int]:
+        """KVM_GET_MSR_FEATURE_INDEX_LIST."""
+        return self._msr_list(x.KVM_GET_MSR_FEATURE_INDEX_LIST)
+
+    def _msr_list(self, request: int) -> list[int]:
+        count = 0
+        while True:
+            table = Flexible(x.kvm_msr_list, ctypes.c_uint32, count)
+            table.head.nmsrs = count
+            try:
+                self._ioctl(request, table.buffer)
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                count = table.head.nmsrs  # the kernel says how many there are
+            else:
+                return list(table.entries[: table.head.nmsrs])
+
+
+class Vm(main.Vm):
+    """A virtual machine on x86."""
+
+    def create_vcpu(self, id: int) -> "Vcpu":
+        """KVM_CREATE_VCPU."""
+        fd = self._ioctl(c.KVM_CREATE_VCPU, id)
+        return Vcpu(fd, id, self._mmap_size_bytes, self.check_extension(KVM_CAP_XSAVE2))
+
+    def set_tss_addr(self, addr: int) -> None:
+        """KVM_SET_TSS_ADDR."""
+        self._ioctl(x.KVM_SET_TSS_ADDR, addr)
+
+    def set_identity_map_addr(self, addr: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR."""
+        self._ioctl(x.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(addr))
+
+    def get_irqchip(self, chip_id: int) -> x.kvm_irqchip:
+        """KVM_GET_IRQCHIP."""
+        chip = x.kvm_irqchip(chip_id=chip_id)
+        self._ioctl(x.KVM_GET_IRQCHIP, chip)
+        return chip
+
+    def set_irqchip(self, chip: x.kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP."""
+        self._ioctl(x.KVM_SET_IRQCHIP, chip)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """KVM_CREATE_PIT2."""
+        self._ioctl(x.KVM_CREATE_PIT2, x.kvm_pit_config(flags=flags))
+
+    def get_pit2(self) -> x.kvm_pit_state2:
+        """KVM_GET_PIT2."""
+        return self._get(x.KVM_GET_PIT2, x.kvm_pit_state2)
+
+    def set_pit2(self, state: x.kvm_pit_state2) -> None:
+        """KVM_SET_PIT2."""
+        self._ioctl(x.KVM_SET_PIT2, state)
+
+    def reinject_control(self, pit_reinject: bool) -> None:
+        """KVM_REINJECT_CONTROL."""
+        self._ioctl(x.KVM_REINJECT_CONTROL, x.kvm_reinject_control(pit_reinject=pit_reinject))
+
+    def get_clock(self) -> common.kvm_clock_data:
+        """KVM_GET_CLOCK."""
+        return self._get(x.KVM_GET_CLOCK, c.kvm_clock_data)
+
+    def set_clock(self, data: common.kvm_clock_data) -> None:
+        """KVM_SET_CLOCK."""
+        self._ioctl(x.KVM_SET_CLOCK, data)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ."""
+        self._ioctl(x.KVM_SET_TSC_KHZ, khz)
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+        return self._ioctl(x.KVM_GET_TSC_KHZ)
+
+    def set_boot_cpu_id(self, id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID."""
+        self._ioctl(x.KVM_SET_BOOT_CPU_ID, id)
+
+    def x86_set_msr_filter(self, filter: x.kvm_msr_filter) -> None:
+        """KVM_X86_SET_MSR_FILTER."""
+        self._ioctl(x.KVM_X86_SET_MSR_FILTER, filter)
+
+
+class Vcpu(_Tables, main.Vcpu):
+    """A virtual processor on x86."""
+
+    run_class = x.kvm_run
+
+    def __init__(self, fd: int, id: int, mmap_size_bytes: int, xsave_size_bytes: int) -> None:
+        """Take over `fd`; its XSAVE area has `xsave_size_bytes`, 0 if KVM_GET_XSAVE2 isn't there."""
+        super().__init__(fd, id, mmap_size_bytes)
+        self._xsave_size_bytes = xsave_size_bytes or ctypes.sizeof(x.kvm_xsave)
+
+    def get_regs(self) -> x.kvm_regs:
+        """KVM_GET_REGS."""
+        return self._get(x.KVM_GET_REGS, x.kvm_regs)
+
+    def set_regs(self, regs: x.kvm_regs) -> None:
+        """KVM_SET_REGS."""
+        self._ioctl(x.KVM_SET_REGS, regs)
+
+    def get_sregs(self) -> x.kvm_sregs:
+        """KVM_GET_SREGS."""
+        return self._get(x.KVM_GET_SREGS, x.kvm_sregs)
+
+    def set_sregs(self, sregs: x.kvm_sregs) -> None:
+        """KVM_SET_SREGS."""
+        self._ioctl(x.KVM_SET_SREGS, sregs)
+
+    def get_sregs2(self) -> x.kvm_sregs2:
+        """KVM_GET_SREGS2."""
+        return self._get(x.KVM_GET_SREGS2, x.kvm_sregs2)
+
+    def set_sregs2(self, sregs: x.kvm_sregs2) -> None:
+        """KVM_SET_SREGS2."""
+        self._ioctl(x.KVM_SET_SREGS2, sregs)
+
+    def get_fpu(self) -> x.kvm_fpu:
+        """KVM_GET_FPU."""
+        return self._get(x.KVM_GET_FPU, x.kvm_fpu)
+
+    def set_fpu(self, fpu: x.kvm_fpu) -> None:
+        """KVM_SET_FPU."""
+        self._ioctl(x.KVM_SET_FPU, fpu)
+
+    def get_xsave(self) -> x.kvm_xsave:
+        """KVM_GET_XSAVE."""
+        return self._get(x.KVM_GET_XSAVE, x.kvm_xsave)
+
+    def get_xsave2(self) -> bytes:
+        """KVM_GET_XSAVE2."""
+        buffer = ctypes.create_string_buffer(self._xsave_size_bytes)
+        self._ioctl(x.KVM_GET_XSAVE2, buffer)
+        return buffer.raw
+
+    def set_xsave(self, xsave: x.kvm_xsave | bytes) -> None:
+        """KVM_SET_XSAVE."""
+        data = bytes(xsave)
+        # The kernel reads the whole area whatever the caller gives.
+        self._ioctl(
+            x.KVM_SET_XSAVE, ctypes.create_string_buffer(data, max(len(data), self._xsave_size_bytes))
+        )
+
+    def get_xcrs(self) -> x.kvm_xcrs:
+        """KVM_GET_XCRS."""
+        return self._get(x.KVM_GET_XCRS, x.kvm_xcrs)
+
+    def set_xcrs(self, xcrs: x.kvm_xcrs) -> None:
+        """KVM_SET_XCRS."""
+        self._ioctl(x.KVM_SET_XCRS, xcrs)
+
+    def set_msrs(self, values: Mapping[int, int]) -> int:
+        """KVM_SET_MSRS."""
+        table = Flexible(x.kvm_msrs, x.kvm_msr_entry, len(values))
+        table.head.nmsrs = len(values)
+        for entry, (index, data) in zip(table.entries, values.items(), strict=True):
+            entry.index, entry.data = index, data
+        return self._ioctl(x.KVM_SET_MSRS, table.buffer)
+
+    def get_cpuid2(self) -> list[x.kvm_cpuid_entry2]:
+        """KVM_GET_CPUID2."""
+        return self._cpuid(x.KVM_GET_CPUID2)
+
+    def set_cpuid2(self, entries: Sequence[x.kvm_cpuid_entry2]) -> None:
+        """KVM_SET_CPUID2."""
+        table = Flexible(x.kvm_cpuid2, x.kvm_cpuid_entry2, len(entries))
+        table.head.nent = len(entries)
+        table.entries[:] = entries
+        self._ioctl(x.KVM_SET_CPUID2, table.buffer)
+
+    def get_lapic(self) -> x.kvm_lapic_state:
+        """KVM_GET_LAPIC."""
+        return self._get(x.KVM_GET_LAPIC, x.kvm_lapic_state)
+
+    def set_lapic(self, lapic: x.kvm_lapic_state) -> None:
+        """KVM_SET_LAPIC."""
+        self._ioctl(x.KVM_SET_LAPIC, lapic)
+
+    def get_vcpu_events(self) -> x.kvm_vcpu_events:
+        """KVM_GET_VCPU_EVENTS."""
+        return self._get(x.KVM_GET_VCPU_EVENTS, x.kvm_vcpu_events)
+
+    def set_vcpu_events(self, events: x.kvm_vcpu_events | arm64.kvm_vcpu_events) -> None:
+        """KVM_SET_VCPU_EVENTS."""
+        self._ioctl(x.KVM_SET_VCPU_EVENTS, events)
+
+    def get_debugregs(self) -> x.kvm_debugregs:
+        """KVM_GET_DEBUGREGS."""
+        return self._get(x.KVM_GET_DEBUGREGS, x.kvm_debugregs)
+
+    def set_debugregs(self, debugregs: x.kvm_debugregs) -> None:
+        """KVM_SET_DEBUGREGS."""
+        self._ioctl(x.KVM_SET_DEBUGREGS, debugregs)
+
+    def set_guest_debug(self, debug: x.kvm_guest_debug | arm64.kvm_guest_debug) -> None:
+        """KVM_SET_GUEST_DEBUG."""
+        self._ioctl(x.KVM_SET_GUEST_DEBUG, debug)
+
+    def translate(self, linear_address: int) -> common.kvm_translation:
+        """KVM_TRANSLATE."""
+        translation = c.kvm_translation(linear_address=linear_address)
+        self._ioctl(c.KVM_TRANSLATE, translation)
+        return translation
+
+    def interrupt(self, irq: int) -> None:
+        """KVM_INTERRUPT."""
+        self._ioctl(c.KVM_INTERRUPT, c.kvm_interrupt(irq))
+
+    def nmi(self) -> None:
+        """KVM_NMI."""
+        self._ioctl(x.KVM_NMI)
+
+    def smi(self) -> None:
+        """KVM_SMI."""
+        self._ioctl(x.KVM_SMI)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ."""
+        self._ioctl(x.KVM_SET_TSC_KHZ, khz)
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+        return self._ioctl(x.KVM_GET_TSC_KHZ)
+
+    def kvmclock_ctrl(self) -> None:
+        """KVM_KVMCLOCK_CTRL."""
+        self._ioctl(x.KVM_KVMCLOCK_CTRL)

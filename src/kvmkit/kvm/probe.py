@@ -1,0 +1,163 @@
+"""What this machine offers: KVM's modules and capabilities, how fast each engine really is, and which one to take.
+
+A ``/dev/kvm`` that opens is not always a fast one. Without hardware behind it, supervisor code is *emulated*, a million or two
+instructions a second, and with instructions missing. So an engine is timed: a loop of 64-bit supervisor code, for a few
+milliseconds.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvmkit import kvm
+from kvmkit.kvm.exits import Hlt
+from kvmkit.kvm.modes import set_long_mode
+from kvmkit.uapi.capabilities import CAPABILITIES
+from kvmkit.uapi.x86 import kvm_regs
+
+SLOW_MIPS = 100.0
+"""Million supervisor instructions a second below which a KVM has no hardware behind it: that does thousands."""
+
+_ENOUGH_NS = 3_000_000
+
+# loop: add [rbx], rcx; mov rax, [rbx]; xor rax, rcx; dec rcx; jnz loop; hlt
+_LOOP = bytes.fromhex("48010b 488b03 4831c8 48ffc9 75f2 f4")
+_LOOP_INSTRUCTIONS = 5
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One engine as it shows itself here. `error` says why it can't be used; the rest is then empty."""
+
+    name: str
+    error: str = ""
+    capabilities: Mapping[str, int] = field(default_factory=dict)
+    """KVM_CAP_* that are not 0."""
+    supervisor_mips: float = 0.0
+    """Million 64-bit supervisor instructions a second; 0 if the measuring loop didn't run."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine offers."""
+
+    modules: Mapping[str, Mapping[str, str]]
+    """Each loaded KVM module's parameters (those that this user may read)."""
+    nested: bool | None
+    """Whether the kernel's KVM offers its guests virtualization of their own; None if its modules don't say."""
+    engines: tuple[EngineReport, ...]
+    choice: str
+    """The engine that "auto" takes, empty if there is none."""
+    reason: str
+
+
+def modules(sysfs: Path = Path("/sys/module")) -> dict[str, dict[str, str]]:
+    """Read name → parameters of the modules kvm, kvm_intel, kvm_amd, kvm_pvm, … that are loaded or built in."""
+    found: dict[str, dict[str, str]] = {}
+    for module in sorted(sysfs.glob("kvm*")):
+        parameters = found[module.name] = {}
+        for file in sorted(module.glob("parameters/*")):
+            try:
+                parameters[file.name] = file.read_text().strip()
+            except OSError:  # write-only, or root's alone
+                continue
+    return found
+
+
+def nested_support(parameters: Mapping[str, Mapping[str, str]]) -> bool | None:
+    """Return what the vendor module's parameter `nested` says, None if there is no such parameter."""
+    for name in ("kvm_intel", "kvm_amd"):
+        value = parameters.get(name, {}).get("nested")
+        if value is not None:
+            return value in ("Y", "1")
+    return None
+
+
+def capabilities(system: kvm.Kvm) -> dict[str, int]:
+    """Ask for every capability by name; those that are absent are left out."""
+    return {name: value for name, cap in CAPABILITIES.items() if (value := system.check_extension(cap))}
+
+
+def supervisor_mips(system: kvm.Kvm) -> float:
+    """Time a loop of 64-bit supervisor code that adds, loads and branches.
+
+    Returns million instructions a second. Raises `OSError` where the engine can't run it. Takes some 5 ms; on an engine that
+    emulates, some 20 ms.
+    """
+    with kvm.GuestMemory(0x10000) as memory, system.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vm.set_user_memory_region(0, 0, memory.size_bytes, memory.address)
+        memory.write(0x1000, _LOOP)
+        vcpu.set_cpuid2(system.get_supported_cpuid())
+        set_long_mode(vcpu, memory, rip=0x1000, tables=0x4000)
+        iterations = 1000
+        while True:
+            vcpu.set_regs(kvm_regs(rip=0x1000, rbx=0x2000, rcx=iterations, rflags=2))
+            start_ns = time.perf_counter_ns()
+            exit_ = vcpu.run()
+            elapsed_ns = time.perf_counter_ns() - start_ns
+            if not isinstance(exit_, Hlt):
+                raise OSError(f"the measuring loop ended with {exit_}")
+            if elapsed_ns >= _ENOUGH_NS:
+                return iterations * _LOOP_INSTRUCTIONS * 1e3 / elapsed_ns
+            iterations *= 4
+
+
+def examine(engine: str) -> EngineReport:
+    """Open `engine` and report on it."""
+    if engine == "soft" and not _soft_is_built():
+        return EngineReport(engine, error="the native module kvmkit._engine isn't built")
+    try:
+        with kvm.open(engine) as system:
+            found = capabilities(system)
+            try:
+                return EngineReport(engine, capabilities=found, supervisor_mips=supervisor_mips(system))
+            except OSError as error:
+                return EngineReport(engine, error=str(error), capabilities=found)
+    except (OSError, ImportError, NotImplementedError) as error:
+        return EngineReport(engine, error=_text(error))
+
+
+def report() -> Report:
+    """Examine everything."""
+    parameters = modules()
+    linux, soft = (examine(engine) for engine in kvm.ENGINES)
+    try:
+        choice, reason = _choose(linux)
+    except OSError as error:
+        choice, reason = "", _text(error)
+    return Report(parameters, nested_support(parameters), (linux, soft), choice, reason)
+
+
+def choose_engine() -> tuple[str, str]:
+    """Return the engine to take here and why, in words.
+
+    `OSError` if there is none: ``/dev/kvm`` doesn't open and the software engine isn't built.
+    """
+    return _choose(examine("linux"))
+
+
+def _choose(linux: EngineReport) -> tuple[str, str]:
+    if linux.error:
+        verdict = linux.error
+    elif linux.supervisor_mips >= SLOW_MIPS:
+        return "linux", f"/dev/kvm runs {linux.supervisor_mips:.0f} million supervisor instructions a second"
+    else:
+        verdict = (
+            f"/dev/kvm emulates supervisor code, {linux.supervisor_mips:.1f} million instructions a second: "
+            "no hardware is behind it"
+        )
+    if _soft_is_built():
+        return "soft", verdict
+    if linux.error:
+        raise OSError(f"no engine: {verdict}; and the software engine isn't built (run `make build`)")
+    return "linux", f"{verdict}; but the software engine isn't built"
+
+
+def _soft_is_built() -> bool:
+    return find_spec("kvmkit._engine") is not None
+
+
+def _text(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
