@@ -330,7 +330,7 @@ class Vcpu(Descriptor):
         raise not_supported("KVM_SET_SREGS2")
 
     def get_fpu(self) -> x86.kvm_fpu:
-        """KVM_GET_FPU (x86)."""
+        """KVM_GET_FPU (x86). KVM leaves `mxcsr` out of it, here and in KVM_SET_FPU: that is in KVM_GET_XSAVE."""
         raise not_supported("KVM_GET_FPU")
 
     def set_fpu(self, fpu: x86.kvm_fpu) -> None:
@@ -414,7 +414,10 @@ class Vcpu(Descriptor):
         raise not_supported("KVM_TRANSLATE")
 
     def interrupt(self, irq: int) -> None:
-        """KVM_INTERRUPT (x86): queue vector `irq`. ENXIO: the interrupt chip is the engine's; EEXIST: one is queued."""
+        """KVM_INTERRUPT (x86): queue vector `irq`. ENXIO: the interrupt chip is the engine's.
+
+        A second one before the first is taken replaces it (EEXIST with a split interrupt chip).
+        """
         raise not_supported("KVM_INTERRUPT")
 
     def nmi(self) -> None:

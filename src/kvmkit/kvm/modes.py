@@ -23,8 +23,8 @@ CODE_SELECTOR = 0x08
 DATA_SELECTOR = 0x10
 GDT_BYTES = 24
 
-IDENTITY_MAP_BYTES = 1 << 30
-PAGE_TABLE_BYTES = 3 * 4096
+IDENTITY_MAP_BYTES = 4 << 30
+PAGE_TABLE_BYTES = 6 * 4096
 
 
 def set_real_mode(vcpu: Vcpu, ip: int, segment: int = 0) -> None:
@@ -47,21 +47,22 @@ def set_protected_mode(vcpu: Vcpu, memory: GuestMemory, eip: int, gdt: int) -> N
 
 
 def set_long_mode(vcpu: Vcpu, memory: GuestMemory, rip: int, tables: int) -> None:
-    """Start at `rip` in 64-bit mode, CPL 0, the first GiB mapped to itself with 2 MiB pages, SSE enabled.
+    """Start at `rip` in 64-bit mode, CPL 0, the first 4 GiB mapped to themselves with 2 MiB pages, SSE enabled.
 
     Page tables and then the GDT are written to `memory`, which starts at guest physical 0, at address `tables`, a multiple of
-    4096; they take four pages. CPUID must have been set where the engine needs it to allow long mode.
+    4096; they take seven pages. CPUID must have been set where the engine needs it to allow long mode.
     """
-    pml4, pdpt, pd = tables, tables + 4096, tables + 8192
+    pdpt, directories = tables + 4096, tables + 8192
     flags = PTE_PRESENT | PTE_WRITABLE
-    _write_u64(memory, pml4, pdpt | flags)
-    _write_u64(memory, pdpt, pd | flags)
-    for i in range(512):
-        _write_u64(memory, pd + 8 * i, i << 21 | flags | PTE_LARGE)
+    _write_u64(memory, tables, pdpt | flags)
+    for i in range(4):
+        _write_u64(memory, pdpt + 8 * i, directories + 4096 * i | flags)
+    entries = (address | flags | PTE_LARGE for address in range(0, IDENTITY_MAP_BYTES, 1 << 21))
+    memory.write(directories, b"".join(entry.to_bytes(8, "little") for entry in entries))
     sregs = vcpu.get_sregs()
     _flat_segments(sregs, memory, tables + PAGE_TABLE_BYTES, long_mode=True)
     sregs.cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_PG
-    sregs.cr3 = pml4
+    sregs.cr3 = tables
     sregs.cr4 = CR4_PAE | CR4_OSFXSR
     sregs.efer = EFER_LME | EFER_LMA
     vcpu.set_sregs(sregs)

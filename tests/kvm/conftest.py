@@ -1,0 +1,39 @@
+"""Every test here that takes `kvm` runs on each engine; an engine that can't be used here skips, and says why."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import pytest
+
+import kvmkit.kvm
+from kvmkit.kvm import ENGINES, Kvm
+from kvmkit.uapi.capabilities import CAPABILITIES
+
+
+@pytest.fixture(params=ENGINES)
+def kvm(request: pytest.FixtureRequest) -> Iterator[Kvm]:
+    """An open engine."""
+    engine: str = request.param
+    if engine == "soft" and find_spec("kvmkit._engine") is None:
+        pytest.skip("soft: the native module kvmkit._engine isn't built")
+    try:
+        system = kvmkit.kvm.open(engine)
+    except OSError as error:
+        if engine == "soft":
+            raise
+        pytest.skip(f"{engine}: {error.strerror}")
+    with system:
+        yield system
+
+
+@pytest.fixture
+def needs(kvm: Kvm) -> Callable[[str], int]:
+    """Skip the test where a capability is absent; returns its value."""
+
+    def check(name: str) -> int:
+        value = kvm.check_extension(CAPABILITIES[name])
+        if not value:
+            pytest.skip(f"{kvm.engine}: no {name}")
+        return value
+
+    return check
