@@ -251,8 +251,8 @@ def test_pit_counter_2_answers_port_0x61(kvm: Kvm) -> None:
         (f"mov dword ptr [rbx + 0x320], {VECTOR}\nmov dword ptr [rbx + 0x380], 200000", 1),
         (f"mov dword ptr [rbx + 0x320], {VECTOR | 1 << 17}\nmov dword ptr [rbx + 0x380], 500000", 3),
         (
-            f"mov dword ptr [rbx + 0x320], {VECTOR | 2 << 17}\nmfence\nrdtsc\nadd eax, 100000\nadc edx, 0\n"
-            "mov ecx, 0x6e0\nwrmsr",
+            f"mov dword ptr [rbx + 0x320], {VECTOR | 2 << 17}\nmfence\n"
+            + "rdtsc\nadd eax, 100000\nadc edx, 0\nmov ecx, 0x6e0\nwrmsr",
             1,
         ),
     ],

@@ -88,7 +88,7 @@ def test_fpu(vcpu: Vcpu) -> None:
     fpu = vcpu.get_fpu()
     fpu.fcw = 0x27F
     for i in range(16):
-        fpu.xmm[i][:] = bytes(range(i, i + 16))
+        fpu.xmm[i][:] = list(range(i, i + 16))
     vcpu.set_fpu(fpu)
     again = vcpu.get_fpu()
     assert again.fcw == 0x27F
@@ -188,8 +188,8 @@ def test_lapic(vcpu: Vcpu) -> None:
     lapic = vcpu.get_lapic()
     assert lapic.regs[0x30] & 0xF0 == 0x10  # version
     lapic.regs[0x80] = 0x20  # TPR
-    lapic.regs[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")
-    lapic.regs[0x320:0x324] = (0x100EC).to_bytes(4, "little")
+    lapic.regs[0xF0:0xF4] = [0xFF, 0x01, 0, 0]
+    lapic.regs[0x320:0x324] = [0xEC, 0, 1, 0]
     vcpu.set_lapic(lapic)
     again = vcpu.get_lapic()
     assert again.regs[0x80] == 0x20

@@ -25,7 +25,7 @@ def assemble(source: str, bits: int = 64, org: int = 0) -> bytes:
             raise FileNotFoundError(f"{tool} isn't installed: guest code is assembled with GNU binutils")
     with tempfile.TemporaryDirectory(prefix="kvmkit-as-") as directory:
         output = Path(directory)
-        text = f".intel_syntax noprefix\n.code{bits}\n.global _start\n_start:\n.line 1\n{source}\n"
+        text = f'.intel_syntax noprefix\n.code{bits}\n.global _start\n_start:\n# 1 "guest"\n{source}\n'
         _run(["as", "--64", "-o", "guest.o", "-"], output, text)
         _run(["ld", "--oformat", "binary", f"-Ttext={org:#x}", "-o", "guest.bin", "guest.o"], output)
         return (output / "guest.bin").read_bytes()

@@ -58,7 +58,7 @@ class user_fpsimd_state(Structure):
     vregs: Annotated[Array[Array[c_uint64]], (c_uint64 * 2) * 32]
     fpsr: u32
     fpcr: u32
-    reserved: Annotated[Array[c_uint32], c_uint32 * 2]
+    _reserved: Annotated[Array[c_uint32], c_uint32 * 2]
 
 
 @struct
