@@ -193,15 +193,50 @@ pub struct Cpu {
     /// Guest TSC = host TSC + this.
     pub tsc_offset: u64,
     pub msr: Msrs,
-    /// Saved by the run loop: the host's stack pointer while translated code runs.
+    /// The owner, for helpers called from translated code.
+    pub vcpu: *mut Vcpu,
+    /// The host's stack pointer while translated code runs, and its control words.
     pub host_rsp: u64,
+    pub host_mxcsr: u32,
+    pub host_fcw: u32,
+    /// Set by a helper: host address to continue at, or 0 to go on behind the call.
+    pub jump: u64,
+    /// Why translated code left, `run::leave::*`, and its argument (a link).
+    pub leave: u32,
+    pub leave_arg: u32,
+    /// Set by the signal handler: where in translated code the host trapped, trap number and error code.
+    pub trap_pc: u64,
+    pub trap_number: u32,
+    pub trap_error: u32,
+    pub trap_flags: u64,
+    /// The code cache as translated code sees it: first address and the one behind the last.
+    pub code_bounds: (u64, u64),
+    /// Where a trapped thread continues: the thunk that leaves translated code.
+    pub trap_exit: u64,
+    /// Where an instruction of the careful path finds its memory operand.
+    pub operand: u64,
     /// XSAVE area (standard format) of the guest's x87, SSE and AVX state; valid outside translated code.
     pub fpu: XsaveArea,
     pub tlb: [[TlbEntry; TLB_ENTRIES]; mmu_mode::COUNT],
+    pub jumps: crate::jumps::Jumps,
 }
 
 #[repr(C, align(64))]
 pub struct XsaveArea(pub [u8; 4096]);
+
+impl XsaveArea {
+    /// MXCSR bits that exist.
+    const MXCSR_MASK: u32 = 0xffff;
+
+    /// Clear what would make XRSTOR fault: it reads this area for the guest, and must not fail.
+    pub fn sanitize(&mut self) {
+        let mxcsr = u32::from_le_bytes(self.0[24..28].try_into().unwrap());
+        self.0[24..28].copy_from_slice(&(mxcsr & Self::MXCSR_MASK).to_le_bytes());
+        let components = self.0[512] & crate::thunks::XSAVE_MASK as u8;
+        self.0[512..576].fill(0);
+        self.0[512] = components;
+    }
+}
 
 /// MSRs that are plain state.
 #[derive(Clone, Copy, Default)]
@@ -275,20 +310,10 @@ pub struct Exception {
 
 impl Exception {
     pub const fn new(vector: u8) -> Self {
-        Self {
-            vector,
-            error: None,
-            payload: 0,
-            software: false,
-        }
+        Self { vector, error: None, payload: 0, software: false }
     }
     pub const fn with_error(vector: u8, error: u32) -> Self {
-        Self {
-            vector,
-            error: Some(error),
-            payload: 0,
-            software: false,
-        }
+        Self { vector, error: Some(error), payload: 0, software: false }
     }
     pub const fn ud() -> Self {
         Self::new(6)
@@ -297,13 +322,17 @@ impl Exception {
         Self::with_error(13, error)
     }
     pub const fn page_fault(error: u32, cr2: u64) -> Self {
-        Self {
-            vector: 14,
-            error: Some(error),
-            payload: cr2,
-            software: false,
-        }
+        Self { vector: 14, error: Some(error), payload: cr2, software: false }
     }
+}
+
+/// KVM_MP_STATE_*.
+pub mod mp_state {
+    pub const RUNNABLE: u32 = 0;
+    pub const UNINITIALIZED: u32 = 1;
+    pub const INIT_RECEIVED: u32 = 2;
+    pub const HALTED: u32 = 3;
+    pub const SIPI_RECEIVED: u32 = 4;
 }
 
 /// Why KVM_RUN returns; the run loop writes it to `kvm_run`.
@@ -327,7 +356,10 @@ pub enum Exit {
     Shutdown,
     IrqWindowOpen,
     Intr,
+    /// A level-triggered vector ended; the IOAPIC is told.
     IoapicEoi(u8),
+    /// The PIC's INTR line is up and the vCPU accepts: the vector comes back by KVM_INTERRUPT.
+    Extint,
     Debug {
         exception: u32,
         pc: u64,
@@ -342,6 +374,8 @@ pub enum Exit {
 pub enum Stop {
     Exception(Exception),
     Exit(Exit),
+    /// An x87 or vector instruction: allowed in this mode, but not the interpreter's.
+    NotInterpreted,
 }
 impl From<Exception> for Stop {
     fn from(e: Exception) -> Self {
@@ -423,6 +457,7 @@ impl CpuBox {
         // SAFETY: inside the mapping, page-aligned; all-zero is a valid `Cpu`.
         let cpu = unsafe { map.add(4096 + STACK_BYTES) as *mut Cpu };
         let mut this = Self { map, len, cpu };
+        this.jumps.init();
         for table in this.tlb.iter_mut() {
             for e in table.iter_mut() {
                 (e.read, e.write) = (TLB_INVALID, TLB_INVALID);
@@ -467,4 +502,119 @@ pub struct Vcpu {
     /// Exception, NMI or interrupt being delivered when an exit cut the delivery short.
     pub injected: Option<Exception>,
     pub nmi_masked: bool,
+    /// Mode of the block being executed.
+    pub block_mode: crate::translate::Mode,
+    /// Generation of the code cache that this vCPU last saw.
+    pub generation: u64,
+    /// The exit that translated code left for.
+    pub exit: Option<Exit>,
+    /// HLT was executed and nothing has woken the vCPU since.
+    pub halted: bool,
+    pub mp_state: u32,
+    /// CR8 of a vCPU without a local APIC.
+    pub cr8_value: u64,
+    /// Level-triggered vectors whose end the IOAPIC must be told of.
+    pub eois: Vec<u8>,
+    /// KVM_INTERRUPT: a vector from user space.
+    pub user_irq: Option<u8>,
+    /// kvm_run.request_interrupt_window.
+    pub window_requested: bool,
+    pub nmi_pending: bool,
+    /// For single integer instructions (`careful`).
+    pub scratch: CpuBox,
+    /// Non-global TLB entries since the last flush.
+    pub log: Box<crate::mmu::FillLog>,
+    pub fetch: Box<crate::mmu::FetchCache>,
+    /// Translate nothing (tests, debugging).
+    pub interpret_only: bool,
+}
+
+impl Vcpu {
+    /// A new vCPU in reset state is made by `Vm`; this is the plain state.
+    pub fn new(vm: Arc<Vm>, id: u32) -> std::io::Result<Self> {
+        let (mut cpu, mut scratch) = (CpuBox::new()?, CpuBox::new()?);
+        {
+            let cache = vm.cache.lock().unwrap();
+            cpu.jumps.set_miss([cache.miss_host, cache.miss_saved]);
+            (cpu.code_bounds, scratch.code_bounds) = (cache.bounds(), cache.bounds());
+            cpu.trap_exit = crate::thunks::leave as *const () as u64;
+            scratch.trap_exit = crate::thunks::leave_light as *const () as u64;
+        }
+        let lapic = vm.has_lapics.load(std::sync::atomic::Ordering::Relaxed).then(|| crate::lapic::Lapic::new(id));
+        let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic));
+        vm.vcpus.write().unwrap().push(shared.clone());
+        let slots = vm.slots.read().unwrap().clone();
+        let mut this = Self {
+            cpu,
+            vm,
+            shared,
+            slots,
+            cpuid: Vec::new(),
+            io: IoState::default(),
+            injected: None,
+            nmi_masked: false,
+            block_mode: Default::default(),
+            generation: 0,
+            exit: None,
+            halted: false,
+            mp_state: 0,
+            cr8_value: 0,
+            eois: Vec::new(),
+            user_irq: None,
+            window_requested: false,
+            nmi_pending: false,
+            scratch,
+            log: Box::default(),
+            fetch: Box::default(),
+            interpret_only: false,
+        };
+        this.reset();
+        this.mp_state =
+            if id == 0 || this.shared.lapic.is_none() { mp_state::RUNNABLE } else { mp_state::UNINITIALIZED };
+        Ok(this)
+    }
+
+    /// State after power-up and INIT (Intel SDM volume 3, table 10-1).
+    pub fn reset(&mut self) {
+        let c = &mut *self.cpu;
+        let data = Seg { base: 0, limit: 0xffff, sel: 0, attr: 0x93, unusable: false };
+        c.segs = [data; 6];
+        c.segs[CS] = Seg { base: 0xffff_0000, sel: 0xf000, attr: 0x9b, ..data };
+        c.ldtr = Seg { attr: 0x82, ..data };
+        c.tr = Seg { attr: 0x8b, ..data };
+        (c.gdtr, c.idtr) = (Table { base: 0, limit: 0xffff }, Table { base: 0, limit: 0xffff });
+        (c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.xcr0) = (cr0::ET | cr0::CD | cr0::NW, 0, 0, 0, 0, 1);
+        c.dr = [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400];
+        c.gpr = [0; 16];
+        c.gpr[RDX] = 0x600;
+        c.rip = 0xfff0;
+        c.set_rflags(2);
+        (c.cpl, c.shadow) = (0, 0);
+        let (apic_base, tsc_adjust) = (c.msr.apic_base, c.msr.tsc_adjust);
+        c.msr = Msrs { apic_base, tsc_adjust, pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() };
+        if apic_base == 0 {
+            c.msr.apic_base = crate::lapic::DEFAULT_BASE
+                | crate::lapic::BASE_ENABLE
+                | if self.shared.id == 0 { crate::lapic::BASE_BSP } else { 0 };
+        }
+        c.fpu.0.fill(0);
+        c.fpu.0[0..2].copy_from_slice(&0x40u16.to_le_bytes());
+        c.fpu.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+        c.fpu.0[512] = 3;
+        (self.halted, self.nmi_masked, self.nmi_pending, self.user_irq) = (false, false, false, None);
+        self.io = IoState::default();
+        crate::mmu::flush_all(self);
+    }
+    /// After a safepoint: take up what may have changed.
+    pub fn refresh(&mut self) {
+        self.slots = self.vm.slots.read().unwrap().clone();
+        self.generation = self.vm.cache.lock().unwrap().generation;
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.shared.detach();
+        self.vm.vcpus.write().unwrap().retain(|v| !Arc::ptr_eq(v, &self.shared));
+    }
 }

@@ -1,9 +1,31 @@
 //! The software KVM's processor: decode, interpret, translate, TLB, page walk, interrupt hot set.
 
+pub mod access;
+pub mod cache;
+pub mod careful;
+pub mod classify;
 pub mod cpu;
+pub mod emit;
+pub mod exception;
+pub mod far;
+pub mod helpers;
+pub mod interp;
+pub mod irq;
+pub mod jumps;
+pub mod lapic;
 pub mod mem;
+pub mod mmu;
+pub mod msr;
+pub mod pvclock;
+pub mod run;
+pub mod segment;
+pub mod signal;
+pub mod state;
+pub mod sys;
+pub mod thunks;
+pub mod timer;
+pub mod translate;
 pub mod vm;
 
 #[cfg(feature = "python")]
-#[pyo3::pymodule]
-mod _engine {}
+mod py;

@@ -1,5 +1,7 @@
 //! Guest memory: the slots of a VM and access to them by guest physical address.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// Page writes are logged (KVM_MEM_LOG_DIRTY_PAGES).
 pub const LOG_DIRTY: u32 = 1;
 /// Writes exit as MMIO (KVM_MEM_READONLY).
@@ -39,5 +41,70 @@ impl Slots {
         let slot = self.find(gpa)?;
         let offset = gpa - slot.gpa;
         (slot.size - offset >= len).then_some((slot.hva + offset) as *mut u8)
+    }
+}
+
+/// Which guest pages hold translated code: a bitmap that any thread reads without a lock.
+pub struct CodePages {
+    bits: *mut AtomicU64,
+}
+
+// SAFETY: the mapping is shared and only accessed through atomics.
+unsafe impl Send for CodePages {}
+// SAFETY: as above.
+unsafe impl Sync for CodePages {}
+
+impl CodePages {
+    /// Guest physical addresses from here up hold no translated code; they are interpreted.
+    pub const LIMIT: u64 = 1 << 40;
+    const BYTES: usize = (Self::LIMIT >> 12 >> 3) as usize;
+
+    pub fn new() -> std::io::Result<Self> {
+        // SAFETY: a fresh anonymous mapping; untouched pages cost nothing.
+        let p = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                Self::BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if p == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(Self { bits: p.cast() })
+    }
+    fn word(&self, gpa: u64) -> (&AtomicU64, u64) {
+        // SAFETY: callers check gpa < LIMIT.
+        (unsafe { &*self.bits.add((gpa >> 18) as usize) }, 1 << (gpa >> 12 & 63))
+    }
+    pub fn has(&self, gpa: u64) -> bool {
+        gpa < Self::LIMIT && {
+            let (word, bit) = self.word(gpa);
+            word.load(Ordering::Acquire) & bit != 0
+        }
+    }
+    /// `gpa` must be below `LIMIT`.
+    pub fn set(&self, gpa: u64, on: bool) {
+        assert!(gpa < Self::LIMIT);
+        let (word, bit) = self.word(gpa);
+        if on {
+            word.fetch_or(bit, Ordering::AcqRel);
+        } else {
+            word.fetch_and(!bit, Ordering::AcqRel);
+        }
+    }
+    pub fn clear(&self) {
+        // SAFETY: our own mapping; dropping its pages makes them read as zero.
+        unsafe { libc::madvise(self.bits.cast(), Self::BYTES, libc::MADV_DONTNEED) };
+    }
+}
+
+impl Drop for CodePages {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, not used after this.
+        unsafe { libc::munmap(self.bits.cast(), Self::BYTES) };
     }
 }

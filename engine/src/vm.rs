@@ -1,16 +1,32 @@
-//! One virtual machine: memory slots, vCPUs, and what they share.
+//! One virtual machine: memory slots, vCPUs, the code cache, and the safepoint that guards them.
+//!
+//! **Safepoints.** A vCPU is *running* from before its first guest access to after its last; everything
+//! that a running vCPU relies on without a lock (memory slots, valid blocks, TLB contents of others) changes
+//! only inside [`Vm::exclusive`], which asks every running vCPU to stop at its next block boundary and
+//! waits until none runs. A running vCPU may take the code-cache lock, whose holders never wait for a
+//! safepoint.
 
-use crate::mem::Slots;
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
+use crate::cache::CodeCache;
+use crate::cpu::Cpu;
+use crate::irq::Irq;
+use crate::lapic::Lapic;
+use crate::mem::{CodePages, LOG_DIRTY, Slot, Slots};
+use crate::timer::{self, Timers};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 
 /// What threads other than the vCPU's own may touch.
 pub struct VcpuShared {
     pub id: u32,
-    /// `Cpu::poll[0]`; null once the vCPU is gone.
-    poll: AtomicPtr<AtomicU8>,
+    /// The vCPU's state; null once the vCPU is gone. Others write `poll[0]` at any time, the rest only
+    /// inside `Vm::exclusive`.
+    cpu: AtomicPtr<Cpu>,
     /// Pending requests, `request::*`.
     pub requests: AtomicU32,
+    running: AtomicBool,
+    /// Local APIC, if the VM has an in-kernel irqchip.
+    pub lapic: Option<Lapic>,
     /// A halted vCPU sleeps here.
     sleep: Mutex<bool>,
     wake: Condvar,
@@ -33,11 +49,13 @@ pub mod request {
 }
 
 impl VcpuShared {
-    pub fn new(id: u32, poll: *mut u8) -> Self {
+    pub fn new(id: u32, cpu: *mut Cpu, lapic: Option<Lapic>) -> Self {
         Self {
             id,
-            poll: AtomicPtr::new(poll.cast()),
+            cpu: AtomicPtr::new(cpu),
             requests: AtomicU32::new(0),
+            running: AtomicBool::new(false),
+            lapic,
             sleep: Mutex::new(false),
             wake: Condvar::new(),
         }
@@ -46,12 +64,14 @@ impl VcpuShared {
     /// Any thread; takes no GIL.
     pub fn request(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
-        let poll = self.poll.load(Ordering::SeqCst);
-        if !poll.is_null() {
-            // SAFETY: `detach` nulls the pointer before the `Cpu` is unmapped, under the sleep lock.
-            unsafe { (*poll).store(1, Ordering::SeqCst) };
+        let mut woken = self.sleep.lock().unwrap();
+        let cpu = self.cpu.load(Ordering::SeqCst);
+        if !cpu.is_null() {
+            // SAFETY: `detach` nulls the pointer under the sleep lock before the `Cpu` is unmapped; the
+            // byte is only ever accessed atomically or by translated code.
+            unsafe { (*(&raw mut (*cpu).poll).cast::<AtomicU8>()).store(1, Ordering::SeqCst) };
         }
-        *self.sleep.lock().unwrap() = true;
+        *woken = true;
         self.wake.notify_all();
     }
     /// Sleep until a request arrives (HLT). Returns at once if one arrived since the last call.
@@ -64,7 +84,12 @@ impl VcpuShared {
     }
     /// The vCPU is going away.
     pub fn detach(&self) {
-        self.poll.store(std::ptr::null_mut(), Ordering::SeqCst);
+        let _guard = self.sleep.lock().unwrap();
+        self.cpu.store(std::ptr::null_mut(), Ordering::SeqCst);
+    }
+    /// The vCPU's state, for use inside `Vm::exclusive`.
+    pub fn cpu(&self) -> *mut Cpu {
+        self.cpu.load(Ordering::SeqCst)
     }
 }
 
@@ -73,4 +98,177 @@ pub struct Vm {
     pub vcpus: RwLock<Vec<Arc<VcpuShared>>>,
     /// The guest's TSC frequency, that of the host.
     pub tsc_khz: u32,
+    /// kvmclock: its nanoseconds are CLOCK_MONOTONIC_RAW plus this.
+    pub clock_offset_ns: AtomicI64,
+    /// vCPUs created from now on have local APICs.
+    pub has_lapics: AtomicBool,
+    pub timers: Timers,
+    pub irq: Irq,
+    /// Edges for the PIT's GSI come from here while it counts.
+    pub pit_gsi: AtomicU32,
+    /// Eventfd that tells Python to call `Irq::take_lines`.
+    pub python_wake: AtomicI32,
+    /// Dirty bitmaps of slots with `LOG_DIRTY`, by slot id: one bit per page.
+    pub dirty: RwLock<HashMap<u32, Box<[AtomicU64]>>>,
+    /// Guest pages that hold translated code.
+    pub code: CodePages,
+    pub cache: Mutex<CodeCache>,
+    stop: AtomicBool,
+    exclusive: Mutex<()>,
+    parked: Mutex<()>,
+    resume: Condvar,
+}
+
+impl Vm {
+    pub fn new(tsc_khz: u32) -> std::io::Result<Self> {
+        Ok(Self {
+            slots: RwLock::default(),
+            vcpus: RwLock::default(),
+            tsc_khz,
+            clock_offset_ns: AtomicI64::new(-(crate::pvclock::monotonic_ns() as i64)),
+            has_lapics: AtomicBool::new(false),
+            timers: Timers::default(),
+            irq: Irq::default(),
+            pit_gsi: AtomicU32::new(0),
+            python_wake: AtomicI32::new(-1),
+            dirty: RwLock::default(),
+            code: CodePages::new()?,
+            cache: Mutex::new(CodeCache::new()?),
+            stop: AtomicBool::new(false),
+            exclusive: Mutex::new(()),
+            parked: Mutex::new(()),
+            resume: Condvar::new(),
+        })
+    }
+
+    /// From here on the vCPU counts as running. Waits for a safepoint in progress.
+    pub fn start_running(&self, vcpu: &VcpuShared) {
+        loop {
+            vcpu.running.store(true, Ordering::SeqCst);
+            if !self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            vcpu.running.store(false, Ordering::SeqCst);
+            let mut guard = self.parked.lock().unwrap();
+            while self.stop.load(Ordering::SeqCst) {
+                guard = self.resume.wait(guard).unwrap();
+            }
+        }
+    }
+
+    pub fn stop_running(&self, vcpu: &VcpuShared) {
+        vcpu.running.store(false, Ordering::SeqCst);
+    }
+
+    /// Run `f` while no vCPU runs. `me` is the calling vCPU, if one calls; it counts as stopped meanwhile,
+    /// so whatever it knew of slots, blocks or host addresses must be looked up again afterwards.
+    pub fn exclusive<R>(&self, me: Option<&VcpuShared>, f: impl FnOnce() -> R) -> R {
+        let was_running = me.is_some_and(|m| m.running.swap(false, Ordering::SeqCst));
+        let owner = self.exclusive.lock().unwrap();
+        self.stop.store(true, Ordering::SeqCst);
+        let vcpus = self.vcpus.read().unwrap().clone();
+        for v in &vcpus {
+            if v.running.load(Ordering::SeqCst) {
+                v.request(request::SAFEPOINT);
+                while v.running.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+            }
+        }
+        let result = f();
+        {
+            let _guard = self.parked.lock().unwrap();
+            self.stop.store(false, Ordering::SeqCst);
+            self.resume.notify_all();
+        }
+        drop(owner);
+        if was_running {
+            self.start_running(me.unwrap());
+        }
+        result
+    }
+
+    /// Replace the memory slots; every cached translation is dropped.
+    pub fn set_slots(&self, slots: Slots) {
+        self.exclusive(None, || {
+            *self.slots.write().unwrap() = Arc::new(slots);
+            self.drop_all_code();
+            self.each_cpu(|cpu| crate::mmu::clear(cpu));
+        });
+    }
+
+    /// Inside `exclusive`: visit every vCPU's state.
+    pub fn each_cpu(&self, mut f: impl FnMut(&mut Cpu)) {
+        for v in self.vcpus.read().unwrap().iter() {
+            let cpu = v.cpu();
+            if !cpu.is_null() {
+                // SAFETY: no vCPU runs, so nobody else uses its state.
+                f(unsafe { &mut *cpu });
+            }
+        }
+    }
+
+    /// Inside `exclusive`: empty the code cache.
+    pub fn drop_all_code(&self) {
+        self.cache.lock().unwrap().clear();
+        self.code.clear();
+        self.each_cpu(|cpu| cpu.jumps.clear());
+    }
+
+    /// Guest memory at `[gpa, gpa + len)` was written by other means than translated code: forget what
+    /// was translated from it. `me` as for `exclusive`.
+    pub fn note_write(&self, me: Option<&VcpuShared>, gpa: u64, len: u64) {
+        let Some(last) = gpa.checked_add(len.max(1) - 1) else { return };
+        if !(gpa >> 12..=last >> 12).any(|page| self.code.has(page << 12)) {
+            return;
+        }
+        if !self.cache.lock().unwrap().overlaps(gpa, last) {
+            return;
+        }
+        self.exclusive(me, || {
+            let mut cache = self.cache.lock().unwrap();
+            cache.invalidate(gpa, last, &self.code, |f| self.each_cpu(f));
+        });
+    }
+
+    /// The MMU set accessed or dirty bits in guest memory at `gpa`.
+    pub fn note_table_write(&self, slot: &Slot, gpa: u64) {
+        if slot.flags & LOG_DIRTY != 0 {
+            self.mark_dirty(slot, gpa);
+        }
+        // A page table that is also code: its blocks do not depend on accessed and dirty bits.
+    }
+
+    pub fn mark_dirty(&self, slot: &Slot, gpa: u64) {
+        if let Some(bits) = self.dirty.read().unwrap().get(&slot.id) {
+            let page = (gpa - slot.gpa) >> 12;
+            bits[(page >> 6) as usize].fetch_or(1 << (page & 63), Ordering::Relaxed);
+        }
+    }
+
+    pub fn ioeventfd_mmio(&self, gpa: u64, data: &[u8]) -> bool {
+        self.irq.io_event(false, gpa, data)
+    }
+
+    pub fn ioeventfd_pio(&self, port: u16, data: &[u8]) -> bool {
+        self.irq.io_event(true, port as u64, data)
+    }
+
+    /// Called by the timer thread; the next expiry if it has one.
+    pub fn timer_fired(&self, key: u64, now: u64) -> Option<u64> {
+        if key == timer::PIT {
+            self.irq.edge_or_queue(self, self.pit_gsi.load(Ordering::Relaxed));
+            return None;
+        }
+        let vcpus = self.vcpus.read().unwrap();
+        let v = vcpus.iter().find(|v| v.id as u64 == key)?;
+        v.lapic.as_ref()?.timer_fired(v, now)
+    }
+
+    pub fn wake_python(&self) {
+        let fd = self.python_wake.load(Ordering::Relaxed);
+        if fd >= 0 {
+            crate::irq::signal(fd);
+        }
+    }
 }

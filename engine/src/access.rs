@@ -1,0 +1,189 @@
+//! Memory accesses of instructions that do not run as translated code: any mode, any page, any device.
+//!
+//! All take linear addresses and an MMU mode (`cpu::mmu_mode`). A read or write either happens as a whole or
+//! stops the instruction before it changed anything; see `IoState` for how devices fit in.
+
+use crate::cpu::{Exit, Res, Vcpu};
+use crate::mem::{LOG_DIRTY, READONLY, Slot};
+use crate::mmu::{self, Intent};
+
+/// Device accesses are split as KVM splits them.
+const FRAGMENT_BYTES: usize = 8;
+
+/// Parts of `[la, la + len)` that lie in one page each: (offset, length).
+fn parts(la: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let here = la.wrapping_add(at as u64);
+        let n = (4096 - (here & 0xfff) as usize).min(len - at);
+        let part = (at, n);
+        at += n;
+        (n != 0).then_some(part)
+    })
+}
+
+/// Read `to.len()` bytes at `la`.
+pub fn read(vcpu: &mut Vcpu, la: u64, to: &mut [u8], mode: usize) -> Res<()> {
+    let len = to.len();
+    let mut gpas = [0u64; 2];
+    if len > 4096 {
+        for (offset, n) in parts(la, len) {
+            read(vcpu, la.wrapping_add(offset as u64), &mut to[offset..offset + n], mode)?;
+        }
+        return Ok(());
+    }
+    // All translations first: no device is read for an instruction that faults.
+    for (k, (offset, _)) in parts(la, len).enumerate() {
+        let here = la.wrapping_add(offset as u64);
+        gpas[k] = mmu::walk(vcpu, here, Intent::Read, mode)?.gpa + (here & 0xfff);
+    }
+    for (k, (offset, n)) in parts(la, len).enumerate() {
+        read_physical(vcpu, gpas[k], &mut to[offset..offset + n])?;
+    }
+    Ok(())
+}
+
+/// Read within one page of guest physical memory.
+pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
+    if vcpu.is_lapic(gpa) {
+        return vcpu.lapic_read(gpa, to);
+    }
+    if let Some(p) = vcpu.slots.hva(gpa, to.len() as u64) {
+        // SAFETY: inside a slot.
+        unsafe { copy_from_guest(p, to) };
+        return Ok(());
+    }
+    for (n, part) in to.chunks_mut(FRAGMENT_BYTES).enumerate() {
+        let at = gpa + (n * FRAGMENT_BYTES) as u64;
+        let io = &mut vcpu.io;
+        match io.done.get(io.used) {
+            Some((address, data)) if *address == at && data.len() == part.len() => {
+                part.copy_from_slice(data);
+                io.used += 1;
+            }
+            _ => {
+                io.waiting = Some((at, part.len(), false));
+                io.used = 0;
+                return Err(Exit::Mmio { gpa: at, len: part.len() as u8, write: false, data: [0; 8] }.into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Fail as a write of `len` bytes at `la` would fail, without writing.
+pub fn check_write(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<()> {
+    for (offset, _) in parts(la, len as usize) {
+        mmu::walk(vcpu, la.wrapping_add(offset as u64), Intent::Write, mode)?;
+    }
+    Ok(())
+}
+
+/// Write `from` at `la`. The last thing that an instruction does.
+pub fn write(vcpu: &mut Vcpu, la: u64, from: &[u8], mode: usize) -> Res<()> {
+    check_write(vcpu, la, from.len() as u64, mode)?;
+    for (offset, n) in parts(la, from.len()) {
+        let here = la.wrapping_add(offset as u64);
+        let gpa = mmu::walk(vcpu, here, Intent::Write, mode)?.gpa + (here & 0xfff);
+        write_physical(vcpu, gpa, &from[offset..offset + n])?;
+    }
+    Ok(())
+}
+
+/// Write within one page of guest physical memory.
+pub fn write_physical(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<()> {
+    if vcpu.is_lapic(gpa) {
+        return vcpu.lapic_write(gpa, from);
+    }
+    let slot = vcpu.slots.find(gpa).filter(|s| s.flags & READONLY == 0).copied();
+    match slot.and_then(|s| Some((s, vcpu.slots.hva(gpa, from.len() as u64)?))) {
+        Some((slot, p)) => {
+            // SAFETY: inside a slot.
+            unsafe { copy_to_guest(from, p) };
+            written(vcpu, &slot, gpa, from.len() as u64);
+        }
+        None => {
+            for (n, part) in from.chunks(FRAGMENT_BYTES).enumerate() {
+                let at = gpa + (n * FRAGMENT_BYTES) as u64;
+                if !vcpu.vm.ioeventfd_mmio(at, part) {
+                    vcpu.io.writes.push_back((at, part.to_vec()));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What follows a write of `len` bytes to RAM at `gpa`, within one page.
+pub fn written(vcpu: &mut Vcpu, slot: &Slot, gpa: u64, len: u64) {
+    if slot.flags & LOG_DIRTY != 0 {
+        vcpu.vm.mark_dirty(slot, gpa);
+    }
+    if vcpu.vm.code.has(gpa) {
+        let vm = vcpu.vm.clone();
+        vm.note_write(Some(&vcpu.shared), gpa, len);
+        vcpu.refresh();
+    }
+}
+
+/// Host address of `len` bytes at `la` for an atomic read-modify-write, if they are RAM within one page.
+/// `written` must be called afterwards.
+pub fn direct(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<Option<(*mut u8, Slot, u64)>> {
+    if (la & 0xfff) + len > 4096 {
+        return Ok(None);
+    }
+    let gpa = mmu::walk(vcpu, la, Intent::Write, mode)?.gpa + (la & 0xfff);
+    if vcpu.is_lapic(gpa) {
+        return Ok(None);
+    }
+    let Some(slot) = vcpu.slots.find(gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(None) };
+    Ok(vcpu.slots.hva(gpa, len).map(|p| (p, slot, gpa)))
+}
+
+/// # Safety
+/// `from` points to as many bytes of guest memory.
+unsafe fn copy_from_guest(from: *const u8, to: &mut [u8]) {
+    // Naturally aligned accesses are single ones, as on the processor.
+    // SAFETY: by the caller; guest memory may change under us, which raw volatile reads tolerate.
+    unsafe {
+        match to.len() {
+            1 => to[0] = from.read_volatile(),
+            2 => to.copy_from_slice(&from.cast::<[u8; 2]>().read_volatile()),
+            4 => to.copy_from_slice(&from.cast::<u32>().read_unaligned().to_ne_bytes()),
+            8 => to.copy_from_slice(&from.cast::<u64>().read_unaligned().to_ne_bytes()),
+            n => std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), n),
+        }
+    }
+}
+
+/// # Safety
+/// `to` points to as many bytes of guest memory.
+unsafe fn copy_to_guest(from: &[u8], to: *mut u8) {
+    // SAFETY: by the caller.
+    unsafe {
+        match from.len() {
+            1 => to.write_volatile(from[0]),
+            2 => to.cast::<u16>().write_unaligned(u16::from_ne_bytes([from[0], from[1]])),
+            4 => to.cast::<u32>().write_unaligned(u32::from_ne_bytes(from.try_into().unwrap())),
+            8 => to.cast::<u64>().write_unaligned(u64::from_ne_bytes(from.try_into().unwrap())),
+            n => std::ptr::copy_nonoverlapping(from.as_ptr(), to, n),
+        }
+    }
+}
+
+macro_rules! typed {
+    ($read:ident, $write:ident, $type:ty) => {
+        pub fn $read(vcpu: &mut Vcpu, la: u64, mode: usize) -> Res<$type> {
+            let mut b = [0; size_of::<$type>()];
+            read(vcpu, la, &mut b, mode)?;
+            Ok(<$type>::from_le_bytes(b))
+        }
+        pub fn $write(vcpu: &mut Vcpu, la: u64, value: $type, mode: usize) -> Res<()> {
+            write(vcpu, la, &value.to_le_bytes(), mode)
+        }
+    };
+}
+typed!(read_u8, write_u8, u8);
+typed!(read_u16, write_u16, u16);
+typed!(read_u32, write_u32, u32);
+typed!(read_u64, write_u64, u64);

@@ -1,0 +1,177 @@
+//! The careful path: one instruction on a copy of its memory operand.
+//!
+//! Translated code accesses guest memory directly, which device memory, operands across two pages, pages that
+//! hold code, and modes other than 64-bit do not allow. There the interpreter finds the operand, and the
+//! instruction itself runs here, natively: on guest memory if the operand is RAM within one page (so that
+//! LOCK means what it says), else on a copy that is read before and written back after.
+//!
+//! Integer instructions run on a second, small `Cpu` and leave the vector registers alone, so that helpers of
+//! translated code can come here while the guest's vector state is in the host's registers.
+
+use crate::access;
+use crate::cpu::{Cpu, Exit, Res, Stop, Vcpu};
+use crate::helpers::{pack_flags, unpack_flags};
+use crate::interp::{effective, segment_index};
+use crate::run::{self, leave};
+use crate::segment;
+use crate::signal;
+use crate::thunks;
+use iced_x86::{Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind};
+
+/// FNSAVE's 108 bytes are the longest operand; vectors have 32.
+const OPERAND_BYTES: usize = 128;
+
+#[repr(align(64))]
+struct Buffer([u8; OPERAND_BYTES + 64]);
+
+fn is_masked_store(i: &Instruction) -> bool {
+    matches!(i.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq)
+}
+
+/// How the memory operand of `i` is accessed: (bytes, read, write).
+fn access_of(i: &Instruction) -> (usize, bool, bool) {
+    if is_masked_store(i) {
+        return (if i.mnemonic() == Mnemonic::Maskmovq { 8 } else { 16 }, true, true);
+    }
+    let Some(n) = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory) else { return (0, false, false) };
+    thread_local! {
+        static FACTORY: std::cell::RefCell<InstructionInfoFactory> = InstructionInfoFactory::new().into();
+    }
+    let access = FACTORY.with_borrow_mut(|f| {
+        f.info_options(i, InstructionInfoOptions::NO_REGISTER_USAGE | InstructionInfoOptions::NO_MEMORY_USAGE)
+            .op_access(n)
+    });
+    use OpAccess::*;
+    let write = matches!(access, Write | CondWrite | ReadWrite | ReadCondWrite);
+    // What a masked write leaves alone must be there to be written back.
+    (i.memory_size().size().max(1), access != Write, write)
+}
+
+/// Run `i`; the caller moves rip. `integer`: it touches neither x87 nor vector state.
+pub fn run_instruction(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer: bool) -> Res<()> {
+    let (size, _, write) = access_of(i);
+    if size == 0 {
+        return execute(v, i, bytes, integer, 0);
+    }
+    let offset = if is_masked_store(i) {
+        let rdi = v.cpu.gpr[crate::cpu::RDI];
+        if i.op_kind(0) == OpKind::MemorySegEDI { rdi & 0xffff_ffff } else { rdi }
+    } else {
+        effective(&v.cpu, i)
+    };
+    let la = segment::linear(&v.cpu, segment_index(i.memory_segment()), offset, size as u64, write)?;
+    run_at(v, i, bytes, la, integer)
+}
+
+/// Run `i` with its memory operand at linear address `la`.
+pub fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool) -> Res<()> {
+    let (size, read, write) = access_of(i);
+    let mode = v.cpu.mmu_mode();
+    if size > OPERAND_BYTES {
+        return Err(Exit::InternalError(format!("operand of {size} bytes of {:?}", i.code())).into());
+    }
+    let scrubbed = host_pointers(i);
+    if write
+        && scrubbed.is_none()
+        && let Some((p, slot, gpa)) = access::direct(v, la, size as u64, mode)?
+    {
+        execute(v, i, bytes, integer, p as u64)?;
+        access::written(v, &slot, gpa, size as u64);
+        return Ok(());
+    }
+    let mut buffer = Buffer([0; OPERAND_BYTES + 64]);
+    let at = (la & 63) as usize;
+    if write {
+        access::check_write(v, la, size as u64, mode)?;
+    }
+    if read {
+        access::read(v, la, &mut buffer.0[at..at + size], mode)?;
+    }
+    execute(v, i, bytes, integer, &raw mut buffer.0 as u64 + at as u64)?;
+    if write {
+        if let Some((first, last)) = scrubbed {
+            buffer.0[at + first..at + last].fill(0);
+        }
+        access::write(v, la, &buffer.0[at..at + size], mode)?;
+    }
+    Ok(())
+}
+
+/// Where FNSTENV and FNSAVE put the addresses of the last x87 instruction and operand: here the host's,
+/// which the guest must not learn.
+fn host_pointers(i: &Instruction) -> Option<(usize, usize)> {
+    match i.mnemonic() {
+        Mnemonic::Fnstenv | Mnemonic::Fnsave => match i.memory_size().size() {
+            14 | 94 => Some((6, 14)),
+            _ => Some((12, 28)),
+        },
+        _ => None,
+    }
+}
+
+/// The same instruction as 64-bit code can encode it.
+fn encodable(i: &Instruction) -> Instruction {
+    use Code::*;
+    let code = match i.code() {
+        Inc_r16 => Inc_rm16,
+        Inc_r32 => Inc_rm32,
+        Dec_r16 => Dec_rm16,
+        Dec_r32 => Dec_rm32,
+        Add_rm8_imm8_82 => Add_rm8_imm8,
+        Or_rm8_imm8_82 => Or_rm8_imm8,
+        Adc_rm8_imm8_82 => Adc_rm8_imm8,
+        Sbb_rm8_imm8_82 => Sbb_rm8_imm8,
+        And_rm8_imm8_82 => And_rm8_imm8,
+        Sub_rm8_imm8_82 => Sub_rm8_imm8,
+        Xor_rm8_imm8_82 => Xor_rm8_imm8,
+        Cmp_rm8_imm8_82 => Cmp_rm8_imm8,
+        _ => return *i,
+    };
+    let mut i = *i;
+    i.set_code(code);
+    i
+}
+
+/// Run `i` natively with its memory operand at host address `operand`.
+fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer: bool, operand: u64) -> Res<()> {
+    let vm = v.vm.clone();
+    let mut cache = vm.cache.lock().unwrap();
+    if cache.is_full() {
+        drop(cache);
+        vm.exclusive(Some(&v.shared), || vm.drop_all_code());
+        v.refresh();
+        cache = vm.cache.lock().unwrap();
+    }
+    let host = cache.careful(&encodable(i), &bytes[..i.len()], integer);
+    drop(cache);
+    let ended = if integer {
+        let flags = v.cpu.aflags;
+        let gpr = v.cpu.gpr;
+        let c: &mut Cpu = &mut v.scratch;
+        (c.gpr, c.flags_saved, c.operand) = (gpr, pack_flags(flags), operand);
+        let p = v.scratch.as_ptr();
+        // SAFETY: live code made for this purpose, on a `Cpu` of its own.
+        signal::inside(p, || unsafe { thunks::enter_light(p, host) });
+        let c: &mut Cpu = &mut v.scratch;
+        let (gpr, flags, ended) = (c.gpr, unpack_flags(c.flags_saved), c.leave);
+        if ended == leave::CAREFUL_DONE {
+            (v.cpu.gpr, v.cpu.aflags) = (gpr, flags);
+        } else {
+            (v.cpu.trap_number, v.cpu.trap_error) = (v.scratch.trap_number, v.scratch.trap_error);
+        }
+        ended
+    } else {
+        v.cpu.operand = operand;
+        let before = v.cpu.aflags;
+        run::enter(v, host);
+        if v.cpu.leave == leave::TRAP {
+            v.cpu.aflags = before;
+        }
+        v.cpu.leave
+    };
+    match ended {
+        leave::CAREFUL_DONE => Ok(()),
+        leave::TRAP => Err(run::trap_exception(v)),
+        other => Err(Stop::Exit(Exit::InternalError(format!("careful code left for reason {other}")))),
+    }
+}

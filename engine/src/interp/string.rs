@@ -1,0 +1,314 @@
+//! String instructions: MOVS, STOS, LODS, SCAS, CMPS, INS, OUTS, alone and repeated.
+//!
+//! A repeated one is done in steps that each leave the registers as the architecture shows them between
+//! iterations, so it can stop at any of them: for a fault, a device, or because something waits.
+
+use super::{Done, load, register, segment_index, set_register, store};
+use crate::access;
+use crate::cpu::{Exit, RAX, RDX, Res, Vcpu, rflags};
+use crate::helpers::polled;
+use crate::mem::{LOG_DIRTY, READONLY};
+use crate::mmu::{self, Intent};
+use crate::segment::linear;
+use crate::sys;
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use std::arch::asm;
+
+/// Iterations between looks at what else there is.
+const BATCH: u32 = 256;
+
+struct Shape {
+    size: usize,
+    counter: Option<Register>,
+    source: Option<(Register, usize)>,
+    destination: Option<Register>,
+}
+
+fn index_register(kind: OpKind) -> Option<(Register, bool)> {
+    Some(match kind {
+        OpKind::MemorySegSI => (Register::SI, true),
+        OpKind::MemorySegESI => (Register::ESI, true),
+        OpKind::MemorySegRSI => (Register::RSI, true),
+        OpKind::MemoryESDI => (Register::DI, false),
+        OpKind::MemoryESEDI => (Register::EDI, false),
+        OpKind::MemoryESRDI => (Register::RDI, false),
+        _ => return None,
+    })
+}
+
+fn shape(i: &Instruction) -> Shape {
+    let mut s = Shape { size: i.memory_size().size(), counter: None, source: None, destination: None };
+    let mut width = 8;
+    for n in 0..i.op_count() {
+        if let Some((r, is_source)) = index_register(i.op_kind(n)) {
+            width = r.size();
+            if is_source {
+                s.source = Some((r, segment_index(i.memory_segment())));
+            } else {
+                s.destination = Some(r);
+            }
+        }
+    }
+    if i.has_rep_prefix() || i.has_repne_prefix() {
+        s.counter = Some(match width {
+            2 => Register::CX,
+            4 => Register::ECX,
+            _ => Register::RCX,
+        });
+    }
+    s
+}
+
+pub(super) fn execute(v: &mut Vcpu, i: &Instruction) -> Res<Done> {
+    use Mnemonic::*;
+    let s = shape(i);
+    let m = i.mnemonic();
+    if matches!(m, Insb | Insw | Insd | Outsb | Outsw | Outsd) {
+        return ports(v, i, &s);
+    }
+    let Some(counter) = s.counter else {
+        iteration(v, i, &s)?;
+        return Ok(Done::Next);
+    };
+    let compares = matches!(m, Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq);
+    let moves = matches!(m, Movsb | Movsw | Movsd | Movsq);
+    let stores = matches!(m, Stosb | Stosw | Stosd | Stosq);
+    let mut n = 0;
+    while register(&v.cpu, counter) != 0 {
+        if n >= BATCH && polled(&v.cpu) {
+            return Ok(Done::Jumped);
+        }
+        n += 1;
+        if (moves || stores) && v.cpu.sysflags & rflags::DF == 0 && register(&v.cpu, counter) > 1 {
+            let done = bulk(v, &s, counter, moves)?;
+            if done != 0 {
+                n = BATCH;
+                continue;
+            }
+        }
+        iteration(v, i, &s)?;
+        let left = register(&v.cpu, counter).wrapping_sub(1);
+        set_register(&mut v.cpu, counter, left);
+        v.io.done.clear();
+        v.io.used = 0;
+        if compares && (v.cpu.aflags & rflags::ZF != 0) == i.has_repne_prefix() {
+            break;
+        }
+        if !v.io.writes.is_empty() && left != 0 {
+            return Ok(Done::Jumped);
+        }
+    }
+    Ok(Done::Next)
+}
+
+fn advance(v: &mut Vcpu, r: Register, bytes: u64) {
+    let step = if v.cpu.sysflags & rflags::DF != 0 { bytes.wrapping_neg() } else { bytes };
+    let value = register(&v.cpu, r).wrapping_add(step);
+    set_register(&mut v.cpu, r, value);
+}
+
+fn source(v: &Vcpu, s: &Shape) -> Res<u64> {
+    let (r, segment) = s.source.unwrap_or((Register::RSI, 3));
+    Ok(linear(&v.cpu, segment, register(&v.cpu, r), s.size as u64, false)?)
+}
+fn destination(v: &Vcpu, s: &Shape, write: bool) -> Res<u64> {
+    let r = s.destination.unwrap_or(Register::RDI);
+    Ok(linear(&v.cpu, 0, register(&v.cpu, r), s.size as u64, write)?)
+}
+
+fn iteration(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<()> {
+    use Mnemonic::*;
+    let size = s.size;
+    match i.mnemonic() {
+        Movsb | Movsw | Movsd | Movsq => {
+            let (from, to) = (source(v, s)?, destination(v, s, true)?);
+            let mode = v.cpu.mmu_mode();
+            access::check_write(v, to, size as u64, mode)?;
+            let value = load(v, from, size)?;
+            store(v, to, size, value)?;
+        }
+        Stosb | Stosw | Stosd | Stosq => {
+            let to = destination(v, s, true)?;
+            let value = v.cpu.gpr[RAX];
+            store(v, to, size, value)?;
+        }
+        Lodsb | Lodsw | Lodsd | Lodsq => {
+            let from = source(v, s)?;
+            let value = load(v, from, size)?;
+            set_register(&mut v.cpu, accumulator(size), value);
+        }
+        Scasb | Scasw | Scasd | Scasq => {
+            let to = destination(v, s, false)?;
+            let value = load(v, to, size)?;
+            let a = v.cpu.gpr[RAX];
+            v.cpu.aflags = compare(a, value, size);
+        }
+        _ => {
+            let (from, to) = (source(v, s)?, destination(v, s, false)?);
+            let a = load(v, from, size)?;
+            let b = load(v, to, size)?;
+            v.cpu.aflags = compare(a, b, size);
+        }
+    }
+    if let Some((r, _)) = s.source {
+        advance(v, r, size as u64);
+    }
+    if let Some(r) = s.destination {
+        advance(v, r, size as u64);
+    }
+    Ok(())
+}
+
+fn accumulator(size: usize) -> Register {
+    [Register::AL, Register::AX, Register::EAX, Register::RAX][size.trailing_zeros() as usize]
+}
+
+/// Flags of `a - b`.
+fn compare(a: u64, b: u64, size: usize) -> u64 {
+    let flags: u64;
+    let shift = 64 - size as u32 * 8;
+    // Shifted to the top, all flags but AF and PF are those of the narrow operation; those two look at the
+    // lowest byte and come from comparing that.
+    let (low_flags, x, y): (u64, u64, u64);
+    (x, y) = (a << shift, b << shift);
+    // SAFETY: pushes and pops one word, balanced.
+    unsafe {
+        asm!("cmp {0}, {1}", "pushfq", "pop {2}", in(reg) x, in(reg) y, out(reg) flags);
+        asm!("cmp {0}, {1}", "pushfq", "pop {2}", in(reg_byte) a as u8, in(reg_byte) b as u8, out(reg) low_flags);
+    }
+    let low = rflags::AF | rflags::PF;
+    (flags & !low | low_flags & low) & rflags::ARITH
+}
+
+/// Do as many iterations of forward MOVS or STOS as lie within one page on each side, both in RAM.
+fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
+    let size = s.size as u64;
+    let mode = v.cpu.mmu_mode();
+    let to = destination(v, s, true)?;
+    let mut count = register(&v.cpu, counter).min((4096 - (to & 0xfff)) / size);
+    let from = if moves {
+        let from = source(v, s)?;
+        count = count.min((4096 - (from & 0xfff)) / size);
+        Some(from)
+    } else {
+        None
+    };
+    if count < 2 {
+        return Ok(0);
+    }
+    // The segment must hold all of it; where it does not, single iterations find out exactly where.
+    let whole = count * size;
+    let r = s.destination.unwrap_or(Register::RDI);
+    if linear(&v.cpu, 0, register(&v.cpu, r), whole, true).is_err() {
+        return Ok(0);
+    }
+    if let Some((r, segment)) = s.source
+        && moves
+        && linear(&v.cpu, segment, register(&v.cpu, r), whole, false).is_err()
+    {
+        return Ok(0);
+    }
+    let to_gpa = mmu::walk(v, to, Intent::Write, mode)?.gpa + (to & 0xfff);
+    let Some(slot) = v.slots.find(to_gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(0) };
+    let Some(target) = v.slots.hva(to_gpa, whole) else { return Ok(0) };
+    if v.is_lapic(to_gpa) {
+        return Ok(0);
+    }
+    match from {
+        Some(from) => {
+            let gpa = mmu::walk(v, from, Intent::Read, mode)?.gpa + (from & 0xfff);
+            if v.is_lapic(gpa) {
+                return Ok(0);
+            }
+            let Some(origin) = v.slots.hva(gpa, whole) else { return Ok(0) };
+            // SAFETY: both ranges lie within slots; element order is the guest's own.
+            unsafe { repeat_movs(target, origin, count, s.size) };
+        }
+        None => {
+            let value = v.cpu.gpr[RAX];
+            // SAFETY: the range lies within a slot.
+            unsafe { repeat_stos(target, value, count, s.size) };
+        }
+    }
+    if slot.flags & LOG_DIRTY != 0 || v.vm.code.has(to_gpa) {
+        access::written(v, &slot, to_gpa, whole);
+    }
+    advance(v, r, whole);
+    if let Some((r, _)) = s.source {
+        advance(v, r, whole);
+    }
+    let left = register(&v.cpu, counter) - count;
+    set_register(&mut v.cpu, counter, left);
+    Ok(count)
+}
+
+/// # Safety
+/// `count` elements of `size` bytes at both places are guest memory.
+unsafe fn repeat_movs(to: *mut u8, from: *const u8, count: u64, size: usize) {
+    // SAFETY: by the caller; DF is clear as the ABI demands.
+    unsafe {
+        match size {
+            1 => asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+            2 => asm!("rep movsw", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+            4 => asm!("rep movsd", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+            _ => asm!("rep movsq", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+        }
+    }
+}
+
+/// # Safety
+/// `count` elements of `size` bytes at `to` are guest memory.
+unsafe fn repeat_stos(to: *mut u8, value: u64, count: u64, size: usize) {
+    // SAFETY: by the caller; DF is clear as the ABI demands.
+    unsafe {
+        match size {
+            1 => asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
+            2 => asm!("rep stosw", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
+            4 => asm!("rep stosd", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
+            _ => asm!("rep stosq", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
+        }
+    }
+}
+
+/// INS and OUTS. A repeated one leaves with as many items as lie within one page, as KVM does.
+fn ports(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<Done> {
+    use Mnemonic::*;
+    let input = matches!(i.mnemonic(), Insb | Insw | Insd);
+    let port = v.cpu.gpr[RDX] as u16;
+    sys::check_port(v, port, s.size)?;
+    let left = s.counter.map_or(1, |c| register(&v.cpu, c));
+    if left == 0 {
+        return Ok(Done::Next);
+    }
+    let size = s.size as u64;
+    let la = if input { destination(v, s, true)? } else { source(v, s)? };
+    let forward = v.cpu.sysflags & rflags::DF == 0;
+    let fit = if forward { ((4096 - (la & 0xfff)) / size).max(1) } else { 1 };
+    let count = left.min(fit).min(1024) as u32;
+    let len = count as usize * s.size;
+    let mode = v.cpu.mmu_mode();
+    let mut data = vec![0; len];
+    if input {
+        access::check_write(v, la, len as u64, mode)?;
+        let answer = sys::port_in(v, port, s.size, count)?;
+        access::write(v, la, &answer, mode)?;
+    } else {
+        access::read(v, la, &mut data, mode)?;
+    }
+    let r = if input { s.destination } else { s.source.map(|x| x.0) };
+    if let Some(r) = r {
+        advance(v, r, len as u64);
+    }
+    let rest = left - count as u64;
+    if let Some(c) = s.counter {
+        set_register(&mut v.cpu, c, rest);
+    }
+    if rest == 0 {
+        v.cpu.rip = if v.cpu.long64() { i.next_ip() } else { i.next_ip() & 0xffff_ffff };
+    }
+    v.io.done.clear();
+    if input {
+        return Ok(Done::Jumped);
+    }
+    Ok(Done::Exit(Exit::Io { input: false, size: s.size as u8, port, count, data }))
+}

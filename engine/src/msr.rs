@@ -1,0 +1,228 @@
+//! Model-specific registers (Intel SDM volume 4; AMD APM volume 2, appendix A; the kernel's
+//! Documentation/virt/kvm/x86/msr.rst for KVM's own).
+
+use crate::cpu::{Cpu, FS, GS, Vcpu, cr0, efer};
+use crate::mmu::{self, is_canonical};
+use crate::{pvclock, sys};
+
+/// MSRs that a vCPU's state consists of: KVM_GET_MSR_INDEX_LIST.
+pub const LIST: &[u32] = &[
+    0x10,
+    0x1b,
+    0x3a,
+    0x3b,
+    0x48,
+    0x8b,
+    0xfe,
+    0x174,
+    0x175,
+    0x176,
+    0x179,
+    0x17a,
+    0x1a0,
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,
+    0x277,
+    0x2ff,
+    0x6e0,
+    0x4b56_4d00,
+    0x4b56_4d01,
+    0xc000_0080,
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0100,
+    0xc000_0101,
+    0xc000_0102,
+    0xc000_0103,
+];
+
+/// Index into the fixed-range MTRRs.
+fn fixed_mtrr(index: u32) -> Option<usize> {
+    Some(match index {
+        0x250 => 0,
+        0x258 | 0x259 => 1 + (index - 0x258) as usize,
+        0x268..=0x26f => 3 + (index - 0x268) as usize,
+        _ => return None,
+    })
+}
+
+/// Read an MSR; `None` where the processor raises #GP.
+pub fn read(v: &mut Vcpu, index: u32) -> Option<u64> {
+    let c: &Cpu = &v.cpu;
+    let m = &c.msr;
+    Some(match index {
+        0x10 => sys::tsc(c),
+        0x17 => 0, // IA32_PLATFORM_ID
+        0x1b => m.apic_base,
+        0x3a => 1, // IA32_FEATURE_CONTROL: locked, nothing enabled
+        0x3b => m.tsc_adjust,
+        0x48 => m.spec_ctrl,
+        0x8b => 0x1_0000_0000, // microcode revision 1
+        0xce => 0,             // MSR_PLATFORM_INFO
+        0xfe => 0x508,         // 8 variable ranges, fixed ranges, write combining
+        0x174 => m.sysenter_cs,
+        0x175 => m.sysenter_esp,
+        0x176 => m.sysenter_eip,
+        0x179 => 0, // IA32_MCG_CAP: no banks
+        0x17a => m.mcg_status,
+        0x1a0 => m.misc_enable,
+        0x200..=0x20f => m.mtrr_var[(index - 0x200) as usize],
+        0x277 => m.pat,
+        0x2ff => m.mtrr_def_type,
+        0x6e0 | 0x800..=0x8ff => return v.lapic_msr_read(index),
+        0xc000_0080 => c.efer,
+        0xc000_0081 => m.star,
+        0xc000_0082 => m.lstar,
+        0xc000_0083 => m.cstar,
+        0xc000_0084 => m.sfmask,
+        0xc000_0100 => c.segs[FS].base,
+        0xc000_0101 => c.segs[GS].base,
+        0xc000_0102 => m.kernel_gs_base,
+        0xc000_0103 => m.tsc_aux,
+        // AMD configuration that kernels read on AMD processors: nothing to report.
+        0xc000_0104
+        | 0xc001_0000..=0xc001_0007
+        | 0xc001_0010
+        | 0xc001_0015
+        | 0xc001_0055
+        | 0xc001_0112
+        | 0xc001_1029 => 0,
+        0x11 | 0x4b56_4d00 => m.kvm_wall_clock,
+        0x12 | 0x4b56_4d01 => m.kvm_system_time,
+        _ => m.mtrr_fixed[fixed_mtrr(index)?],
+    })
+}
+
+/// Write an MSR; `None` where the processor raises #GP. `host`: by KVM_SET_MSRS, which may set more.
+pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
+    let canonical = is_canonical(value).then_some(());
+    match index {
+        0x10 => {
+            let delta = value.wrapping_sub(sys::tsc(&v.cpu));
+            v.cpu.tsc_offset = v.cpu.tsc_offset.wrapping_add(delta);
+            if !host {
+                v.cpu.msr.tsc_adjust = v.cpu.msr.tsc_adjust.wrapping_add(delta);
+            }
+            v.lapic_tsc_changed();
+        }
+        0x1b => return v.write_apic_base(value, host),
+        0x3a if host => {}
+        0x3b => {
+            let delta = value.wrapping_sub(v.cpu.msr.tsc_adjust);
+            if !host {
+                v.cpu.tsc_offset = v.cpu.tsc_offset.wrapping_add(delta);
+            }
+            v.cpu.msr.tsc_adjust = value;
+            v.lapic_tsc_changed();
+        }
+        0x48 => {
+            (value & !7 == 0).then_some(())?;
+            v.cpu.msr.spec_ctrl = value;
+        }
+        0x49 => (value & !1 == 0).then_some(())?, // IA32_PRED_CMD
+        0x8b | 0x79 => {}
+        0xfe | 0x179 if host => {}
+        0x174 => v.cpu.msr.sysenter_cs = value & 0xffff_ffff,
+        0x175 => {
+            canonical?;
+            v.cpu.msr.sysenter_esp = value;
+        }
+        0x176 => {
+            canonical?;
+            v.cpu.msr.sysenter_eip = value;
+        }
+        0x17a => v.cpu.msr.mcg_status = value,
+        0x1a0 => v.cpu.msr.misc_enable = value,
+        0x200..=0x20f => v.cpu.msr.mtrr_var[(index - 0x200) as usize] = value,
+        0x277 => {
+            let ok = value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7));
+            ok.then_some(())?;
+            v.cpu.msr.pat = value;
+        }
+        0x2ff => v.cpu.msr.mtrr_def_type = value,
+        0x6e0 | 0x800..=0x8ff => return v.lapic_msr_write(index, value),
+        0xc000_0080 => return write_efer(v, value, host),
+        0xc000_0081 => v.cpu.msr.star = value,
+        0xc000_0082 => {
+            canonical?;
+            v.cpu.msr.lstar = value;
+        }
+        0xc000_0083 => {
+            canonical?;
+            v.cpu.msr.cstar = value;
+        }
+        0xc000_0084 => v.cpu.msr.sfmask = value & 0xffff_ffff,
+        0xc000_0100 => {
+            canonical?;
+            v.cpu.segs[FS].base = value;
+        }
+        0xc000_0101 => {
+            canonical?;
+            v.cpu.segs[GS].base = value;
+        }
+        0xc000_0102 => {
+            canonical?;
+            v.cpu.msr.kernel_gs_base = value;
+        }
+        0xc000_0103 => {
+            (value >> 32 == 0).then_some(())?;
+            v.cpu.msr.tsc_aux = value;
+        }
+        0xc001_0000..=0xc001_0007 | 0xc001_0010 | 0xc001_0015 | 0xc001_1029 => {}
+        0x11 | 0x4b56_4d00 => {
+            v.cpu.msr.kvm_wall_clock = value;
+            if !host {
+                pvclock::write_wall_clock(v, value);
+            }
+        }
+        0x12 | 0x4b56_4d01 => {
+            v.cpu.msr.kvm_system_time = value;
+            pvclock::update(v);
+        }
+        _ => v.cpu.msr.mtrr_fixed[fixed_mtrr(index)?] = value,
+    }
+    Some(())
+}
+
+fn write_efer(v: &mut Vcpu, value: u64, host: bool) -> Option<()> {
+    let known = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+    (value & !known == 0).then_some(())?;
+    let c = &mut *v.cpu;
+    let changed = c.efer ^ value;
+    if !host && changed & efer::LME != 0 && c.cr0 & cr0::PG != 0 {
+        return None;
+    }
+    // LMA follows CR0.PG; only KVM_SET_MSRS and KVM_SET_SREGS set it directly.
+    c.efer = if host { value } else { value & !efer::LMA | c.efer & efer::LMA };
+    if changed & (efer::NXE | efer::LMA) != 0 {
+        mmu::flush_all(v);
+    }
+    Some(())
+}

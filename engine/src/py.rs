@@ -1,0 +1,568 @@
+//! The native module `kvmkit._engine`; `src/kvmkit/_engine.pyi` documents it.
+
+use crate::cpu::{CpuidEntry, Exit, Vcpu as CpuState, mp_state};
+use crate::irq::{IoEvent, Route};
+use crate::lapic::{self, Message};
+use crate::mem::{LOG_DIRTY, Slot, Slots};
+use crate::mmu::{self, Intent};
+use crate::vm::{VcpuShared, Vm as Machine, request};
+use crate::{msr, run, state, timer};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex};
+
+fn os_error(errno: i32) -> PyErr {
+    PyOSError::new_err((errno, std::io::Error::from_raw_os_error(errno).to_string()))
+}
+
+fn io_error(e: std::io::Error) -> PyErr {
+    os_error(e.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn array<const N: usize>(b: &[u8]) -> PyResult<&[u8; N]> {
+    b.try_into().map_err(|_| PyValueError::new_err(format!("expected {N} bytes, not {}", b.len())))
+}
+
+/// Offsets in `struct kvm_run`.
+mod kvm_run {
+    pub const REQUEST_INTERRUPT_WINDOW: usize = 0;
+    pub const IMMEDIATE_EXIT: usize = 1;
+    pub const EXIT_REASON: usize = 8;
+    pub const READY_FOR_INJECTION: usize = 12;
+    pub const IF_FLAG: usize = 13;
+    pub const CR8: usize = 16;
+    pub const APIC_BASE: usize = 24;
+    pub const UNION: usize = 32;
+    /// Where PIO data stands.
+    pub const DATA: usize = 4096;
+    pub const BYTES: usize = 3 * 4096;
+}
+
+/// Exit reasons.
+mod reason {
+    pub const IO: u32 = 2;
+    pub const DEBUG: u32 = 4;
+    pub const HLT: u32 = 5;
+    pub const MMIO: u32 = 6;
+    pub const IRQ_WINDOW_OPEN: u32 = 7;
+    pub const SHUTDOWN: u32 = 8;
+    pub const INTR: u32 = 10;
+    pub const INTERNAL_ERROR: u32 = 17;
+    pub const IOAPIC_EOI: u32 = 26;
+    /// Not the kernel's: the PIC must be asked for a vector.
+    pub const EXTINT: u32 = 1 << 16;
+}
+
+#[pyclass(frozen)]
+struct Vm {
+    vm: Arc<Machine>,
+    pid: u32,
+}
+
+fn check_pid(pid: u32) -> PyResult<()> {
+    if std::process::id() != pid {
+        return Err(PyRuntimeError::new_err("this VM belongs to the process before os.fork()"));
+    }
+    Ok(())
+}
+
+fn decode_message((destination, logical, mode, vector, level): (u32, bool, u8, u8, bool)) -> Message {
+    Message { destination, logical, mode, vector, level, wide: false }
+}
+
+#[pymethods]
+impl Vm {
+    #[new]
+    fn new(tsc_khz: u32) -> PyResult<Self> {
+        Ok(Self { vm: Arc::new(Machine::new(tsc_khz).map_err(io_error)?), pid: std::process::id() })
+    }
+
+    fn set_memory_region(&self, py: Python<'_>, id: u32, flags: u32, gpa: u64, size: u64, hva: u64) -> PyResult<()> {
+        check_pid(self.pid)?;
+        py.detach(|| {
+            let mut slots: Vec<Slot> = self.vm.slots.read().unwrap().as_slice().to_vec();
+            slots.retain(|s| s.id != id);
+            let mut dirty = self.vm.dirty.write().unwrap();
+            if size == 0 || flags & LOG_DIRTY == 0 {
+                dirty.remove(&id);
+            } else {
+                dirty.entry(id).or_insert_with(|| (0..(size >> 12).div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
+            }
+            drop(dirty);
+            if size != 0 {
+                slots.push(Slot { id, flags, gpa, size, hva });
+            }
+            self.vm.set_slots(Slots::new(slots));
+        });
+        Ok(())
+    }
+
+    fn get_dirty_log<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Bound<'py, PyBytes>> {
+        let dirty = self.vm.dirty.read().unwrap();
+        let bits = dirty.get(&id).ok_or_else(|| os_error(libc::ENOENT))?;
+        let mut b = Vec::with_capacity(bits.len() * 8);
+        for word in bits.iter() {
+            b.extend(word.swap(0, Ordering::SeqCst).to_le_bytes());
+        }
+        Ok(PyBytes::new(py, &b))
+    }
+
+    fn notify_write(&self, py: Python<'_>, gpa: u64, len: u64) {
+        py.detach(|| self.vm.note_write(None, gpa, len));
+    }
+
+    fn create_vcpu(&self, id: u32, kvm_run_address: u64, length: usize) -> PyResult<Vcpu> {
+        check_pid(self.pid)?;
+        if length < kvm_run::BYTES {
+            return Err(os_error(libc::EINVAL));
+        }
+        let cpu = CpuState::new(self.vm.clone(), id).map_err(io_error)?;
+        let shared = cpu.shared.clone();
+        Ok(Vcpu { cpu: Mutex::new(Box::new(cpu)), shared, run: kvm_run_address, pid: self.pid })
+    }
+
+    /// vCPUs created from now on have local APICs.
+    fn create_lapics(&self) {
+        self.vm.has_lapics.store(true, Ordering::SeqCst);
+    }
+
+    fn signal_msi(&self, address: u64, data: u32) -> u32 {
+        lapic::deliver(&self.vm, lapic::message(address, data), None)
+    }
+
+    fn send_message(&self, message: (u32, bool, u8, u8, bool)) -> u32 {
+        lapic::deliver(&self.vm, decode_message(message), None)
+    }
+
+    fn set_extint(&self, level: bool) {
+        for v in self.vm.vcpus.read().unwrap().iter() {
+            if let Some(l) = &v.lapic {
+                l.state.lock().unwrap().extint = level;
+                if level {
+                    v.request(request::INTERRUPT);
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn set_route(&self, gsi: u32, messages: Vec<(u32, bool, u8, u8, bool)>, msis: Vec<(u64, u32)>, python: bool) {
+        let mut list: Vec<Message> = messages.into_iter().map(decode_message).collect();
+        list.extend(msis.into_iter().map(|(a, d)| lapic::message(a, d)));
+        self.vm.irq.routes.write().unwrap().insert(gsi, Route { messages: list, python });
+    }
+
+    fn clear_routes(&self) {
+        self.vm.irq.routes.write().unwrap().clear();
+    }
+
+    fn edge(&self, gsi: u32) -> bool {
+        self.vm.irq.edge(&self.vm, gsi)
+    }
+
+    fn take_lines(&self) -> Vec<u32> {
+        self.vm.irq.take_lines()
+    }
+
+    fn set_wake_fd(&self, fd: i32) {
+        self.vm.python_wake.store(fd, Ordering::SeqCst);
+    }
+
+    fn add_irqfd(&self, fd: i32, gsi: u32) -> PyResult<()> {
+        self.vm.irq.add_irqfd(&self.vm, fd, gsi).map_err(io_error)
+    }
+
+    fn remove_irqfd(&self, fd: i32, gsi: u32) -> bool {
+        self.vm.irq.remove_irqfd(fd, gsi)
+    }
+
+    #[pyo3(signature = (address, len, fd, datamatch, pio))]
+    fn add_ioeventfd(&self, address: u64, len: u32, fd: i32, datamatch: Option<u64>, pio: bool) -> PyResult<()> {
+        let event = IoEvent { address, len, datamatch, fd, pio };
+        let mut events = self.vm.irq.events.write().unwrap();
+        let clash = |e: &IoEvent| {
+            e.pio == pio
+                && e.address == address
+                && (e.len == 0
+                    || len == 0
+                    || e.len == len && (e.datamatch.is_none() || datamatch.is_none() || e.datamatch == datamatch))
+        };
+        if events.iter().any(clash) {
+            return Err(os_error(libc::EEXIST));
+        }
+        events.push(event);
+        Ok(())
+    }
+
+    #[pyo3(signature = (address, len, fd, datamatch, pio))]
+    fn remove_ioeventfd(&self, address: u64, len: u32, fd: i32, datamatch: Option<u64>, pio: bool) -> PyResult<i32> {
+        let mut events = self.vm.irq.events.write().unwrap();
+        let n = events
+            .iter()
+            .position(|e| {
+                e.pio == pio
+                    && e.address == address
+                    && e.len == len
+                    && e.datamatch == datamatch
+                    && (fd < 0 || e.fd == fd)
+            })
+            .ok_or_else(|| os_error(libc::ENOENT))?;
+        Ok(events.remove(n).fd)
+    }
+
+    fn arm_pit(&self, at_ns: u64, period_ns: u64) {
+        if period_ns == 0 {
+            self.vm.timers.arm(&self.vm, timer::PIT, at_ns);
+        } else {
+            self.vm.timers.arm_periodic(&self.vm, timer::PIT, at_ns, period_ns);
+        }
+    }
+
+    fn cancel_pit(&self) {
+        self.vm.timers.cancel(timer::PIT);
+    }
+
+    fn clock_ns(&self) -> u64 {
+        let now = crate::pvclock::monotonic_ns() as i64;
+        now.wrapping_add(self.vm.clock_offset_ns.load(Ordering::Relaxed)) as u64
+    }
+
+    fn set_clock_ns(&self, ns: u64) {
+        let now = crate::pvclock::monotonic_ns() as i64;
+        self.vm.clock_offset_ns.store((ns as i64).wrapping_sub(now), Ordering::Relaxed);
+        for v in self.vm.vcpus.read().unwrap().iter() {
+            v.request(request::CLOCK);
+        }
+    }
+
+    fn stats(&self) -> Vec<(&'static str, u64)> {
+        let cache = self.vm.cache.lock().unwrap();
+        vec![
+            ("blocks_translated", cache.translated),
+            ("blocks_invalidated", cache.invalidated),
+            ("code_cache_flushes", cache.generation),
+            ("code_cache_bytes", cache.used() as u64),
+        ]
+    }
+}
+
+#[pyclass(frozen)]
+struct Vcpu {
+    cpu: Mutex<Box<CpuState>>,
+    shared: Arc<VcpuShared>,
+    run: u64,
+    pid: u32,
+}
+
+impl Vcpu {
+    /// The state, once no other thread runs the vCPU.
+    fn with<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut CpuState) -> R + Send) -> PyResult<R> {
+        check_pid(self.pid)?;
+        Ok(py.detach(|| f(&mut self.cpu.lock().unwrap())))
+    }
+    fn byte(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: the caller of `create_vcpu` keeps the kvm_run pages mapped while the vCPU lives; this byte
+        // is shared with Python and only accessed as a byte.
+        unsafe { &*((self.run as usize + offset) as *const AtomicU8) }
+    }
+    fn write(&self, offset: usize, b: &[u8]) {
+        assert!(offset + b.len() <= kvm_run::BYTES);
+        // SAFETY: inside the kvm_run pages (see `byte`).
+        unsafe { std::ptr::copy_nonoverlapping(b.as_ptr(), (self.run as usize + offset) as *mut u8, b.len()) };
+    }
+    fn read(&self, offset: usize, b: &mut [u8]) {
+        assert!(offset + b.len() <= kvm_run::BYTES);
+        // SAFETY: inside the kvm_run pages (see `byte`).
+        unsafe { std::ptr::copy_nonoverlapping((self.run as usize + offset) as *const u8, b.as_mut_ptr(), b.len()) };
+    }
+
+    /// Take up what user space answered to the last exit.
+    fn complete(&self, v: &mut CpuState) {
+        if let Some((address, len, port)) = v.io.waiting.take() {
+            let mut data = vec![0; len];
+            self.read(if port { kvm_run::DATA } else { kvm_run::UNION + 8 }, &mut data);
+            v.io.done.push((address, data));
+        }
+    }
+
+    fn publish(&self, v: &CpuState, exit: &Exit) -> u32 {
+        const U: usize = kvm_run::UNION;
+        let reason = match exit {
+            Exit::Io { input, size, port, count, data } => {
+                self.write(kvm_run::DATA, data);
+                self.write(U, &[!input as u8, *size]);
+                self.write(U + 2, &port.to_le_bytes());
+                self.write(U + 4, &count.to_le_bytes());
+                self.write(U + 8, &(kvm_run::DATA as u64).to_le_bytes());
+                reason::IO
+            }
+            Exit::Mmio { gpa, len, write, data } => {
+                self.write(U, &gpa.to_le_bytes());
+                self.write(U + 8, data);
+                self.write(U + 16, &(*len as u32).to_le_bytes());
+                self.write(U + 20, &[*write as u8]);
+                reason::MMIO
+            }
+            Exit::Hlt => reason::HLT,
+            Exit::Shutdown => reason::SHUTDOWN,
+            Exit::IrqWindowOpen => reason::IRQ_WINDOW_OPEN,
+            Exit::Intr => reason::INTR,
+            Exit::IoapicEoi(vector) => {
+                self.write(U, &[*vector]);
+                reason::IOAPIC_EOI
+            }
+            Exit::Extint => reason::EXTINT,
+            Exit::Debug { exception, pc, dr6, dr7 } => {
+                self.write(U, &exception.to_le_bytes());
+                for (n, x) in [pc, dr6, dr7].into_iter().enumerate() {
+                    self.write(U + 8 + n * 8, &x.to_le_bytes());
+                }
+                reason::DEBUG
+            }
+            Exit::InternalError(_) => {
+                // KVM_INTERNAL_ERROR_EMULATION, no data.
+                self.write(U, &1u32.to_le_bytes());
+                self.write(U + 4, &0u32.to_le_bytes());
+                reason::INTERNAL_ERROR
+            }
+        };
+        self.write(kvm_run::EXIT_REASON, &reason.to_le_bytes());
+        let ready = v.cpu.iflag != 0 && v.cpu.shadow == 0 && v.user_irq.is_none();
+        self.write(kvm_run::READY_FOR_INJECTION, &[ready as u8]);
+        self.write(kvm_run::IF_FLAG, &[v.cpu.iflag]);
+        self.write(kvm_run::CR8, &v.cr8().to_le_bytes());
+        self.write(kvm_run::APIC_BASE, &v.cpu.msr.apic_base.to_le_bytes());
+        reason
+    }
+}
+
+#[pymethods]
+impl Vcpu {
+    /// KVM_RUN: returns (exit reason, message of an internal error).
+    fn run(&self, py: Python<'_>) -> PyResult<(u32, Option<String>)> {
+        check_pid(self.pid)?;
+        py.detach(|| {
+            let mut guard = self.cpu.lock().unwrap();
+            let v: &mut CpuState = &mut guard;
+            self.complete(v);
+            if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 {
+                self.write(kvm_run::EXIT_REASON, &reason::INTR.to_le_bytes());
+                return Ok((reason::INTR, None));
+            }
+            if v.shared.lapic.is_none() && v.mp_state == mp_state::UNINITIALIZED {
+                return Err(os_error(libc::EAGAIN));
+            }
+            v.window_requested = self.byte(kvm_run::REQUEST_INTERRUPT_WINDOW).load(Ordering::SeqCst) != 0;
+            if v.window_requested {
+                v.cpu.poll[1] = 1;
+            }
+            let exit = run::run(v);
+            let reason = self.publish(v, &exit);
+            let message = if let Exit::InternalError(m) = exit { Some(m) } else { None };
+            Ok((reason, message))
+        })
+    }
+
+    /// Make `run` return with KVM_EXIT_INTR, now or at its next call.
+    fn kick(&self) {
+        self.shared.request(request::EXIT);
+    }
+
+    /// Forget a kick that `run` has not seen.
+    fn clear_kick(&self) {
+        self.shared.requests.fetch_and(!request::EXIT, Ordering::SeqCst);
+    }
+
+    fn get_regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| state::get_regs(v))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_regs(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        self.with(py, |v| state::set_regs(v, b))
+    }
+    fn get_sregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| state::get_sregs(v))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_sregs(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        if self.with(py, |v| state::set_sregs(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+    fn get_fpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| state::get_fpu(v))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_fpu(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        self.with(py, |v| state::set_fpu(v, b))
+    }
+    fn get_xsave<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| state::get_xsave(v))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_xsave(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        if self.with(py, |v| state::set_xsave(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+    fn get_xcr0(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |v| v.cpu.xcr0)
+    }
+    fn set_xcr0(&self, py: Python<'_>, value: u64) -> PyResult<()> {
+        if value & 1 == 0 || value & !7 != 0 || value & 6 == 4 {
+            return Err(os_error(libc::EINVAL));
+        }
+        self.with(py, |v| v.cpu.xcr0 = value)
+    }
+    fn get_msr(&self, py: Python<'_>, index: u32) -> PyResult<Option<u64>> {
+        self.with(py, |v| msr::read(v, index))
+    }
+    fn set_msr(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<bool> {
+        self.with(py, |v| msr::write(v, index, value, true).is_some())
+    }
+    fn set_cpuid(&self, py: Python<'_>, entries: Vec<(u32, u32, u32, u32, u32, u32, u32)>) -> PyResult<()> {
+        let list = entries
+            .into_iter()
+            .map(|(function, index, flags, eax, ebx, ecx, edx)| CpuidEntry {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+                padding: [0; 3],
+            })
+            .collect();
+        self.with(py, |v| v.cpuid = list)
+    }
+    fn get_cpuid(&self, py: Python<'_>) -> PyResult<Vec<(u32, u32, u32, u32, u32, u32, u32)>> {
+        self.with(py, |v| v.cpuid.iter().map(|e| (e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)).collect())
+    }
+    fn get_lapic<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| v.get_lapic())?.ok_or_else(|| os_error(libc::EINVAL))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_lapic(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        if self.with(py, |v| v.set_lapic(b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+    fn get_mp_state(&self, py: Python<'_>) -> PyResult<u32> {
+        self.with(py, |v| if v.halted && v.mp_state == mp_state::RUNNABLE { mp_state::HALTED } else { v.mp_state })
+    }
+    fn set_mp_state(&self, py: Python<'_>, value: u32) -> PyResult<()> {
+        self.with(py, |v| {
+            v.halted = value == mp_state::HALTED;
+            v.mp_state = if v.halted { mp_state::RUNNABLE } else { value };
+            v.cpu.poll[1] = 1;
+        })
+    }
+    fn get_vcpu_events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| state::get_events(v))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_vcpu_events(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        self.with(py, |v| state::set_events(v, b))
+    }
+    fn get_debugregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let b = self.with(py, |v| state::get_debugregs(v))?;
+        Ok(PyBytes::new(py, &b))
+    }
+    fn set_debugregs(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
+        let b = array(b)?;
+        if self.with(py, |v| state::set_debugregs(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+    /// KVM_INTERRUPT; EEXIST while one waits.
+    fn interrupt(&self, py: Python<'_>, vector: u8) -> PyResult<()> {
+        let taken = self.with(py, |v| {
+            let free = v.user_irq.is_none();
+            if free {
+                v.user_irq = Some(vector);
+                v.cpu.poll[1] = 1;
+            }
+            free
+        })?;
+        if taken { Ok(()) } else { Err(os_error(libc::EEXIST)) }
+    }
+    fn nmi(&self) {
+        self.shared.request(request::NMI);
+    }
+    /// KVM_TRANSLATE of a read by the supervisor: the gpa, or None.
+    fn translate(&self, py: Python<'_>, address: u64) -> PyResult<Option<u64>> {
+        self.with(py, |v| {
+            let mode = crate::cpu::mmu_mode::KERNEL_AC;
+            mmu::walk(v, address, Intent::Read, mode).ok().map(|p| p.gpa | address & 0xfff)
+        })
+    }
+    fn set_interpret_only(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        self.with(py, |v| v.interpret_only = on)
+    }
+}
+
+/// CPUID of the host: (eax, ebx, ecx, edx).
+#[pyfunction]
+fn host_cpuid(leaf: u32, subleaf: u32) -> (u32, u32, u32, u32) {
+    let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+    (r.eax, r.ebx, r.ecx, r.edx)
+}
+
+/// Frequency of the host's TSC, measured against CLOCK_MONOTONIC_RAW where CPUID does not tell it.
+#[pyfunction]
+fn host_tsc_khz(py: Python<'_>) -> u32 {
+    py.detach(crate::sys::host_tsc_khz)
+}
+
+#[pyfunction]
+fn monotonic_raw_ns() -> u64 {
+    crate::pvclock::monotonic_ns()
+}
+
+#[pyfunction]
+fn msr_list() -> Vec<u32> {
+    msr::LIST.to_vec()
+}
+
+/// # Safety of the callers below
+/// The address comes from a mapping that the Python caller owns, and is aligned.
+macro_rules! ordered {
+    ($load:ident, $store:ident, $atomic:ty, $int:ty) => {
+        #[pyfunction]
+        fn $load(address: usize) -> PyResult<$int> {
+            if address == 0 || address % size_of::<$int>() != 0 {
+                return Err(PyValueError::new_err("unaligned address"));
+            }
+            // SAFETY: see above.
+            Ok(unsafe { &*(address as *const $atomic) }.load(Ordering::Acquire))
+        }
+        #[pyfunction]
+        fn $store(address: usize, value: $int) -> PyResult<()> {
+            if address == 0 || address % size_of::<$int>() != 0 {
+                return Err(PyValueError::new_err("unaligned address"));
+            }
+            // SAFETY: see above.
+            unsafe { &*(address as *const $atomic) }.store(value, Ordering::Release);
+            Ok(())
+        }
+    };
+}
+ordered!(load_u16, store_u16, std::sync::atomic::AtomicU16, u16);
+ordered!(load_u32, store_u32, AtomicU32, u32);
+ordered!(load_u64, store_u64, AtomicU64, u64);
+
+#[pyfunction]
+#[pyo3(name = "fence")]
+fn full_fence() {
+    fence(Ordering::SeqCst);
+}
+
+#[pymodule]
+mod _engine {
+    #[pymodule_export]
+    use super::{
+        Vcpu, Vm, full_fence, host_cpuid, host_tsc_khz, load_u16, load_u32, load_u64, monotonic_raw_ns, msr_list,
+        store_u16, store_u32, store_u64,
+    };
+}

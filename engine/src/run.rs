@@ -1,0 +1,254 @@
+//! KVM_RUN: choose between translated code and the interpreter, attend to interrupts, produce exits.
+
+use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
+use crate::helpers::{find_entry, pack_flags, poll_word, polled, unpack_flags};
+use crate::vm::request;
+use crate::{exception, interp, pvclock, signal, thunks};
+use std::sync::atomic::Ordering;
+
+/// Why translated code returned from `thunks::enter`.
+pub mod leave {
+    /// `Vcpu::exit` says it.
+    pub const EXIT: u32 = 1;
+    /// The next instruction is not for translated code: mode, single step, interrupt shadow.
+    pub const MODE: u32 = 2;
+    /// The interpreter takes the instruction at rip, x87 and vector state in memory.
+    pub const INTERPRET: u32 = 3;
+    /// The instruction at rip runs on a copy of its memory operand.
+    pub const CAREFUL: u32 = 4;
+    /// The careful instruction is done.
+    pub const CAREFUL_DONE: u32 = 5;
+    /// The host trapped at `Cpu::trap_pc`.
+    pub const TRAP: u32 = 6;
+}
+
+/// Instructions that the interpreter runs between looks at what else there is.
+const INTERPRET_BATCH: u32 = 1000;
+
+pub fn translatable(v: &Vcpu) -> bool {
+    v.cpu.long64() && v.cpu.sysflags & rflags::TF == 0 && v.cpu.dr[7] & 0xff == 0 && !v.interpret_only
+}
+
+/// Run the vCPU until something leaves for user space.
+pub fn run(v: &mut Vcpu) -> Exit {
+    signal::install();
+    if let Some((gpa, data)) = v.io.writes.pop_front() {
+        return mmio_write(gpa, &data);
+    }
+    v.cpu.vcpu = v;
+    v.vm.clone().start_running(&v.shared);
+    v.refresh();
+    let exit = run_loop(v);
+    v.vm.stop_running(&v.shared);
+    exit
+}
+
+/// Handle what other threads asked for, device writes of the last instruction, HLT and interrupts: `Some`
+/// if KVM_RUN must return.
+pub fn attend(v: &mut Vcpu) -> Option<Exit> {
+    if let Some((gpa, data)) = v.io.writes.pop_front() {
+        return Some(mmio_write(gpa, &data));
+    }
+    if let Some(vector) = v.eois.pop() {
+        return Some(Exit::IoapicEoi(vector));
+    }
+    loop {
+        let idle = v.halted || v.mp_state != mp_state::RUNNABLE;
+        if !polled(&v.cpu) && !idle {
+            return None;
+        }
+        poll_word(&v.cpu).store(0, Ordering::SeqCst);
+        let requests = v.shared.requests.swap(0, Ordering::SeqCst);
+        if let Some(exit) = handle(v, requests) {
+            return Some(exit);
+        }
+        if v.mp_state == mp_state::RUNNABLE
+            && let Some(exit) = inject(v)
+        {
+            return Some(exit);
+        }
+        if !v.halted && v.mp_state == mp_state::RUNNABLE {
+            return None;
+        }
+        if v.shared.lapic.is_none() {
+            v.halted = false;
+            return Some(Exit::Hlt);
+        }
+        let vm = v.vm.clone();
+        vm.stop_running(&v.shared);
+        v.shared.wait();
+        vm.start_running(&v.shared);
+        v.refresh();
+    }
+}
+
+/// Requests from other threads.
+fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
+    if requests & request::SAFEPOINT != 0 {
+        let vm = v.vm.clone();
+        vm.stop_running(&v.shared);
+        vm.start_running(&v.shared);
+        v.refresh();
+    }
+    if requests & request::EXIT != 0 {
+        // The rest waits for the next KVM_RUN.
+        v.shared.requests.fetch_or(requests & !(request::EXIT | request::SAFEPOINT), Ordering::SeqCst);
+        poll_word(&v.cpu).store(1, Ordering::SeqCst);
+        return Some(Exit::Intr);
+    }
+    if requests & request::CLOCK != 0 {
+        pvclock::update(v);
+    }
+    if requests & request::NMI != 0 {
+        v.nmi_pending = true;
+    }
+    if requests & request::INIT != 0 {
+        v.reset();
+        if let Some(lapic) = &v.shared.lapic {
+            lapic.state.lock().unwrap().reset();
+        }
+        let boot = v.cpu.msr.apic_base & crate::lapic::BASE_BSP != 0;
+        v.mp_state = if boot { mp_state::RUNNABLE } else { mp_state::INIT_RECEIVED };
+    }
+    if requests & request::SIPI != 0 && v.mp_state == mp_state::INIT_RECEIVED {
+        let vector = v.shared.lapic.as_ref().map_or(0, |l| l.state.lock().unwrap().sipi_vector);
+        v.cpu.segs[CS].sel = (vector as u16) << 8;
+        v.cpu.segs[CS].base = (vector as u64) << 12;
+        v.cpu.rip = 0;
+        v.mp_state = mp_state::RUNNABLE;
+    }
+    None
+}
+
+/// Deliver an NMI or interrupt if one is pending and allowed.
+fn inject(v: &mut Vcpu) -> Option<Exit> {
+    let delivered = |v: &mut Vcpu, vector: u8| {
+        v.halted = false;
+        match exception::deliver_interrupt(v, vector) {
+            Err(Stop::Exit(exit)) => Some(exit),
+            _ => None,
+        }
+    };
+    if v.cpu.shadow != 0 {
+        // Not before the next instruction.
+        v.cpu.poll[1] = 1;
+        return None;
+    }
+    if v.nmi_pending && !v.nmi_masked {
+        (v.nmi_pending, v.nmi_masked) = (false, true);
+        return delivered(v, 2);
+    }
+    let (pending, extint) = match &v.shared.lapic {
+        Some(lapic) => {
+            let s = lapic.state.lock().unwrap();
+            (s.pending(), s.extint && s.accepts_extint())
+        }
+        None => (None, false),
+    };
+    let waits = v.user_irq.is_some() || pending.is_some() || extint || v.window_requested;
+    if v.cpu.iflag == 0 || !waits {
+        v.cpu.irq_waiting = waits as u8;
+        return None;
+    }
+    // Others may follow as soon as the handler sets IF again.
+    v.cpu.irq_waiting = 1;
+    if let Some(vector) = v.user_irq.take() {
+        return delivered(v, vector);
+    }
+    if extint {
+        return Some(Exit::Extint);
+    }
+    if let Some(vector) = pending {
+        let shared = v.shared.clone();
+        let mut s = shared.lapic.as_ref().expect("it had a vector").state.lock().unwrap();
+        s.acknowledge(vector);
+        drop(s);
+        return delivered(v, vector);
+    }
+    Some(Exit::IrqWindowOpen)
+}
+
+pub fn mmio_write(gpa: u64, bytes: &[u8]) -> Exit {
+    let mut data = [0; 8];
+    data[..bytes.len()].copy_from_slice(bytes);
+    Exit::Mmio { gpa, len: bytes.len() as u8, write: true, data }
+}
+
+fn run_loop(v: &mut Vcpu) -> Exit {
+    loop {
+        if let Some(exit) = attend(v) {
+            return exit;
+        }
+        let result = if translatable(v) && v.cpu.shadow == 0 {
+            translated(v)
+        } else if v.cpu.shadow != 0 || v.cpu.long64() {
+            interp::step(v)
+        } else {
+            interp::run(v, INTERPRET_BATCH)
+        };
+        match result {
+            Ok(()) => {}
+            Err(Stop::Exit(exit)) => return exit,
+            Err(Stop::Exception(e)) => match exception::deliver(v, e) {
+                Ok(()) => {}
+                Err(Stop::Exit(exit)) => return exit,
+                Err(other) => return Exit::InternalError(format!("{other:?} while delivering {e:?}")),
+            },
+            Err(Stop::NotInterpreted) => {
+                return Exit::InternalError(format!("no part of the engine runs the code at {:#x}", v.cpu.rip));
+            }
+        }
+    }
+}
+
+/// Run translated code until it leaves.
+fn translated(v: &mut Vcpu) -> Result<(), Stop> {
+    let entry = find_entry(v)?;
+    enter(v, entry);
+    match v.cpu.leave {
+        leave::EXIT => Err(Stop::Exit(v.exit.take().unwrap_or(Exit::Intr))),
+        leave::MODE => Ok(()),
+        leave::INTERPRET | leave::CAREFUL => interp::step(v),
+        leave::TRAP => trap(v),
+        other => Err(Stop::Exit(Exit::InternalError(format!("translated code left for reason {other}")))),
+    }
+}
+
+pub fn enter(v: &mut Vcpu, entry: u64) {
+    v.cpu.flags_saved = pack_flags(v.cpu.aflags);
+    // What XRSTOR refuses must not be there, whoever wrote it.
+    v.cpu.fpu.sanitize();
+    let cpu = v.cpu.as_ptr();
+    signal::inside(cpu, || {
+        // SAFETY: `entry` comes from the live code cache and this vCPU is running.
+        unsafe { thunks::enter(cpu, entry) }
+    });
+    v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
+}
+
+/// The host trapped in translated code: the guest's exception.
+fn trap(v: &mut Vcpu) -> Result<(), Stop> {
+    let place = v.vm.cache.lock().unwrap().guest_rip(v.cpu.trap_pc);
+    if let Some((rip, saved)) = place {
+        v.cpu.rip = rip;
+        if !saved {
+            v.cpu.aflags = v.cpu.trap_flags & rflags::ARITH;
+        }
+    }
+    Err(trap_exception(v))
+}
+
+pub fn trap_exception(v: &Vcpu) -> Stop {
+    match v.cpu.trap_number {
+        0 => Exception::new(0).into(),
+        6 => Exception::ud().into(),
+        13 => Exception::gp(0).into(),
+        16 => Exception::new(16).into(),
+        19 => Exception::new(19).into(),
+        n => Exit::InternalError(format!(
+            "host trap {n} (error {:#x}) in translated code for rip {:#x}: guest memory is gone?",
+            v.cpu.trap_error, v.cpu.rip
+        ))
+        .into(),
+    }
+}

@@ -1,0 +1,145 @@
+//! Host signals that translated code raises are the guest's exceptions.
+//!
+//! A copied instruction may trap: division, an unaligned vector operand, an unmasked x87 or SSE exception.
+//! The kernel delivers that as SIGFPE, SIGSEGV, SIGBUS or SIGILL. The handler recognises it by the thread
+//! (one that runs translated code), the stack pointer and the program counter, notes where it happened, and
+//! lets the thread continue at `Cpu::trap_exit`, which leaves translated code with the guest's registers as they
+//! were. Any other signal goes to the handler that was there before.
+//!
+//! Handlers run on an alternate stack, large enough for an AVX-512 frame: the interpreter's own (faulthandler)
+//! may be smaller. Kicks do not use signals at all: they set `Cpu::poll`.
+
+use crate::cpu::Cpu;
+use crate::run::leave;
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+use std::ptr::null_mut;
+
+const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
+const STACK_BYTES: usize = 64 << 10;
+
+thread_local! {
+    /// The vCPU whose translated code this thread is executing.
+    static INSIDE: Cell<*mut Cpu> = const { Cell::new(null_mut()) };
+    static ALT_STACK: AltStack = const { AltStack(Cell::new(null_mut())) };
+}
+
+static mut PREVIOUS: [MaybeUninit<libc::sigaction>; SIGNALS.len()] = [const { MaybeUninit::uninit() }; SIGNALS.len()];
+
+struct AltStack(Cell<*mut libc::c_void>);
+
+impl Drop for AltStack {
+    fn drop(&mut self) {
+        let stack = self.0.get();
+        if !stack.is_null() {
+            let off = libc::stack_t { ss_sp: null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+            // SAFETY: the thread's own alternate stack, which no handler runs on now.
+            unsafe {
+                libc::sigaltstack(&off, null_mut());
+                libc::munmap(stack, STACK_BYTES);
+            }
+        }
+    }
+}
+
+/// Make sure that this thread may run translated code: handlers in place, alternate stack large enough.
+///
+/// Called at every KVM_RUN: somebody (faulthandler) may have installed a handler since, which is then kept
+/// as the one to pass foreign signals to.
+pub fn install() {
+    for (n, &signal) in SIGNALS.iter().enumerate() {
+        let mut now = MaybeUninit::<libc::sigaction>::uninit();
+        // SAFETY: plain system calls on valid structures. `PREVIOUS[n]` is written before our handler is in
+        // place, and again only by a thread that found another handler there.
+        unsafe {
+            libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr());
+            let now = now.assume_init();
+            if now.sa_sigaction == handler as *const () as usize {
+                continue;
+            }
+            (&raw mut PREVIOUS[n]).write(MaybeUninit::new(now));
+            let mut ours: libc::sigaction = std::mem::zeroed();
+            ours.sa_sigaction = handler as *const () as usize;
+            ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+            libc::sigaction(signal, &ours, null_mut());
+        }
+    }
+    ALT_STACK.with(|s| {
+        let mut now = MaybeUninit::<libc::stack_t>::uninit();
+        // SAFETY: queries, and installs a mapping of our own that the thread keeps until it ends.
+        unsafe {
+            libc::sigaltstack(std::ptr::null(), now.as_mut_ptr());
+            let now = now.assume_init();
+            if now.ss_flags & libc::SS_DISABLE == 0 && now.ss_size >= STACK_BYTES {
+                return;
+            }
+            let p = if s.0.get().is_null() {
+                let p = libc::mmap(
+                    null_mut(),
+                    STACK_BYTES,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                    -1,
+                    0,
+                );
+                assert!(p != libc::MAP_FAILED, "no memory for a signal stack");
+                p
+            } else {
+                s.0.get()
+            };
+            let stack = libc::stack_t { ss_sp: p, ss_flags: 0, ss_size: STACK_BYTES };
+            libc::sigaltstack(&stack, null_mut());
+            s.0.set(p);
+        }
+    });
+}
+
+/// Run `f`, which enters translated code of `cpu`.
+pub fn inside(cpu: *mut Cpu, f: impl FnOnce()) {
+    let outer = INSIDE.replace(cpu);
+    f();
+    INSIDE.set(outer);
+}
+
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let cpu = INSIDE.with(Cell::get);
+    // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let pc = registers[libc::REG_RIP as usize] as u64;
+    if !cpu.is_null() && registers[libc::REG_RSP as usize] as u64 == cpu as u64 {
+        // SAFETY: RSP holds `Cpu`'s address only while translated code itself executes on this thread.
+        let c = unsafe { &mut *cpu };
+        let (first, last) = c.code_bounds;
+        if pc >= first && pc < last {
+            c.trap_pc = pc;
+            c.trap_number = registers[libc::REG_TRAPNO as usize] as u32;
+            c.trap_error = registers[libc::REG_ERR as usize] as u32;
+            c.leave = leave::TRAP;
+            let flags = registers[libc::REG_EFL as usize] as u64;
+            c.trap_flags = flags;
+            registers[libc::REG_RIP as usize] = c.trap_exit as i64;
+            return;
+        }
+    }
+    let n = SIGNALS.iter().position(|&s| s == signal).unwrap_or(0);
+    // SAFETY: written before our handler was installed; sigaction structures are plain data.
+    let previous = unsafe { (&raw const PREVIOUS[n]).read().assume_init() };
+    match previous.sa_sigaction {
+        libc::SIG_DFL | libc::SIG_IGN => {
+            // Let the default action happen when the instruction runs again.
+            // SAFETY: a valid structure.
+            unsafe { libc::sigaction(signal, &previous, null_mut()) };
+        }
+        f if previous.sa_flags & libc::SA_SIGINFO != 0 => {
+            // SAFETY: the address of a handler of this type, by its flag.
+            let f: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+                unsafe { std::mem::transmute(f) };
+            f(signal, info, context);
+        }
+        f => {
+            // SAFETY: the address of a handler of this type, by its flag.
+            let f: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(f) };
+            f(signal);
+        }
+    }
+}
