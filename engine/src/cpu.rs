@@ -540,7 +540,9 @@ impl Vcpu {
             cpu.trap_exit = crate::thunks::leave as *const () as u64;
             scratch.trap_exit = crate::thunks::leave_light as *const () as u64;
         }
-        let lapic = vm.has_lapics.load(std::sync::atomic::Ordering::Relaxed).then(|| crate::lapic::Lapic::new(id));
+        let boot = vm.boot_cpu.load(std::sync::atomic::Ordering::Relaxed);
+        let lapic =
+            vm.has_lapics.load(std::sync::atomic::Ordering::Relaxed).then(|| crate::lapic::Lapic::new(id, id == boot));
         let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic));
         vm.vcpus.write().unwrap().push(shared.clone());
         let slots = vm.slots.read().unwrap().clone();
@@ -570,7 +572,7 @@ impl Vcpu {
         };
         this.reset();
         this.mp_state =
-            if id == 0 || this.shared.lapic.is_none() { mp_state::RUNNABLE } else { mp_state::UNINITIALIZED };
+            if id == boot || this.shared.lapic.is_none() { mp_state::RUNNABLE } else { mp_state::UNINITIALIZED };
         Ok(this)
     }
 
@@ -595,7 +597,11 @@ impl Vcpu {
         if apic_base == 0 {
             c.msr.apic_base = crate::lapic::DEFAULT_BASE
                 | crate::lapic::BASE_ENABLE
-                | if self.shared.id == 0 { crate::lapic::BASE_BSP } else { 0 };
+                | if self.shared.id == self.vm.boot_cpu.load(std::sync::atomic::Ordering::Relaxed) {
+                    crate::lapic::BASE_BSP
+                } else {
+                    0
+                };
         }
         c.fpu.0.fill(0);
         c.fpu.0[0..2].copy_from_slice(&0x40u16.to_le_bytes());

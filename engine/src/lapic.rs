@@ -221,10 +221,10 @@ impl State {
 }
 
 impl Lapic {
-    pub fn new(id: u32) -> Self {
+    pub fn new(id: u32, boot: bool) -> Self {
         let mut state = State {
             regs: [0; 64],
-            base: DEFAULT_BASE | BASE_ENABLE | if id == 0 { BASE_BSP } else { 0 },
+            base: DEFAULT_BASE | BASE_ENABLE | if boot { BASE_BSP } else { 0 },
             x2apic_id: id,
             sipi_vector: 0,
             extint: false,
@@ -233,6 +233,10 @@ impl Lapic {
             deadline_tsc: 0,
         };
         state.reset();
+        if boot {
+            // As KVM does: without firmware nobody else lets the PIC through.
+            state.set(reg::LVT_LINT0, (delivery::EXTINT as u32) << 8);
+        }
         Self { state: Mutex::new(state) }
     }
 

@@ -128,6 +128,11 @@ impl Vm {
         self.vm.has_lapics.store(true, Ordering::SeqCst);
     }
 
+    /// The vCPU that starts without INIT and SIPI.
+    fn set_boot_cpu(&self, id: u32) {
+        self.vm.boot_cpu.store(id, Ordering::SeqCst);
+    }
+
     fn signal_msi(&self, address: u64, data: u32) -> u32 {
         lapic::deliver(&self.vm, lapic::message(address, data), None)
     }
@@ -348,6 +353,7 @@ impl Vcpu {
             let v: &mut CpuState = &mut guard;
             self.complete(v);
             if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 {
+                run::complete(v);
                 self.write(kvm_run::EXIT_REASON, &reason::INTR.to_le_bytes());
                 return Ok((reason::INTR, None));
             }

@@ -174,6 +174,22 @@ pub fn mmio_write(gpa: u64, bytes: &[u8]) -> Exit {
     Exit::Mmio { gpa, len: bytes.len() as u8, write: true, data }
 }
 
+/// Finish the instruction whose device access user space has just answered, and run nothing else.
+pub fn complete(v: &mut Vcpu) {
+    if v.io.done.is_empty() {
+        return;
+    }
+    signal::install();
+    v.cpu.vcpu = v;
+    v.vm.clone().start_running(&v.shared);
+    v.refresh();
+    // Should it want another access, it starts again at the next KVM_RUN.
+    if let Err(Stop::Exit(_)) = interp::step(v) {
+        v.io.waiting = None;
+    }
+    v.vm.stop_running(&v.shared);
+}
+
 fn run_loop(v: &mut Vcpu) -> Exit {
     loop {
         if let Some(exit) = attend(v) {

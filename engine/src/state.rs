@@ -171,7 +171,8 @@ pub fn get_events(v: &Vcpu) -> [u8; EVENTS_BYTES] {
     if let Some(vector) = v.user_irq {
         (b[8], b[9]) = (1, vector);
     }
-    b[11] = v.cpu.shadow;
+    // KVM_X86_SHADOW_INT_STI stands for either kind.
+    b[11] = if v.cpu.shadow != 0 { 2 } else { 0 };
     b[13] = v.nmi_pending as u8;
     b[14] = v.nmi_masked as u8;
     // KVM_VCPUEVENT_VALID_NMI_PENDING | _SHADOW

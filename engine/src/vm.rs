@@ -102,6 +102,8 @@ pub struct Vm {
     pub clock_offset_ns: AtomicI64,
     /// vCPUs created from now on have local APICs.
     pub has_lapics: AtomicBool,
+    /// Id of the vCPU that starts without INIT and SIPI.
+    pub boot_cpu: AtomicU32,
     pub timers: Timers,
     pub irq: Irq,
     /// Edges for the PIT's GSI come from here while it counts.
@@ -127,6 +129,7 @@ impl Vm {
             tsc_khz,
             clock_offset_ns: AtomicI64::new(-(crate::pvclock::monotonic_ns() as i64)),
             has_lapics: AtomicBool::new(false),
+            boot_cpu: AtomicU32::new(0),
             timers: Timers::default(),
             irq: Irq::default(),
             pit_gsi: AtomicU32::new(0),

@@ -90,7 +90,7 @@ pub fn run(v: &mut Vcpu, max: u32) -> Res<()> {
             break;
         }
         step(v)?;
-        if crate::run::translatable(v) {
+        if v.halted || crate::run::translatable(v) {
             break;
         }
     }

@@ -1,0 +1,207 @@
+"""The native module: the software KVM's processor and its interrupt hot set (Rust, `engine/`).
+
+Structs cross as bytes in the layout of the kernel's UAPI (`kvmkit.uapi`). Nothing here is for users: `kvmkit.kvm.soft` is.
+Addresses of host memory are trusted; everything that comes from the guest is checked. Errors are `OSError` with an errno.
+Objects raise `RuntimeError` in a child of os.fork.
+"""
+
+_Message = tuple[int, bool, int, int, bool]
+"""Destination APIC, whether logical, delivery mode, vector, whether level-triggered."""
+_Cpuid = tuple[int, int, int, int, int, int, int]
+"""function, index, flags, eax, ebx, ecx, edx."""
+
+class Vm:
+    """A virtual machine: memory slots, vCPUs, code cache, timers, interrupt routes."""
+
+    def __new__(cls, tsc_khz: int) -> Vm: ...
+    def set_memory_region(self, id: int, flags: int, gpa: int, size: int, hva: int) -> None:
+        """Create, replace or (size 0) delete slot `id`. The caller has validated it. Waits for all vCPUs to stop briefly."""
+
+    def get_dirty_log(self, id: int) -> bytes:
+        """Take the dirty bitmap of a logged slot: 64-bit words, little-endian. ENOENT without one."""
+
+    def notify_write(self, gpa: int, len: int) -> None:
+        """Host code wrote guest memory: drop what was translated from it."""
+
+    def create_vcpu(self, id: int, kvm_run_address: int, length: int) -> Vcpu:
+        """Create a vCPU whose kvm_run lies at `kvm_run_address` (3 pages, which the caller keeps mapped)."""
+
+    def create_lapics(self) -> None:
+        """vCPUs created from now on have local APICs."""
+
+    def set_boot_cpu(self, id: int) -> None:
+        """The vCPU that starts without INIT and SIPI."""
+
+    def signal_msi(self, address: int, data: int) -> int:
+        """Deliver a message; the number of local APICs that took it."""
+
+    def send_message(self, message: _Message) -> int:
+        """Deliver a decoded message; the number of local APICs that took it."""
+
+    def set_extint(self, level: bool) -> None:
+        """Level of the PIC's INTR."""
+
+    def set_route(self, gsi: int, messages: list[_Message], msis: list[tuple[int, int]], python: bool) -> None:
+        """What an edge on `gsi` sends. `python`: more must happen than that; such edges wait for `take_lines`."""
+
+    def clear_routes(self) -> None:
+        """Forget all routes."""
+
+    def edge(self, gsi: int) -> bool:
+        """An edge on `gsi`; False if only Python can deliver it."""
+
+    def take_lines(self) -> list[int]:
+        """GSIs whose edges wait for Python."""
+
+    def set_wake_fd(self, fd: int) -> None:
+        """Eventfd to signal when `take_lines` has something; -1: none."""
+
+    def add_irqfd(self, fd: int, gsi: int) -> None:
+        """An eventfd raises edges on `gsi`. EBUSY: it does already; EBADF: not open."""
+
+    def remove_irqfd(self, fd: int, gsi: int) -> bool:
+        """Undo `add_irqfd`; False if there was none."""
+
+    def add_ioeventfd(self, address: int, len: int, fd: int, datamatch: int | None, pio: bool) -> None:
+        """Writes of `len` bytes (0: any) at `address` signal `fd`. EEXIST: taken."""
+
+    def remove_ioeventfd(self, address: int, len: int, fd: int, datamatch: int | None, pio: bool) -> int:
+        """Undo `add_ioeventfd` (`fd` -1: whichever); returns its fd. ENOENT: none."""
+
+    def arm_pit(self, at_ns: int, period_ns: int) -> None:
+        """An edge on GSI 0 at `at_ns` of `monotonic_raw_ns`, then every `period_ns` if that isn't 0."""
+
+    def cancel_pit(self) -> None:
+        """Undo `arm_pit`."""
+
+    def clock_ns(self) -> int:
+        """The VM's clock (KVM_GET_CLOCK)."""
+
+    def set_clock_ns(self, ns: int) -> None:
+        """Set it; guests' clock pages follow."""
+
+    def stats(self) -> list[tuple[str, int]]:
+        """Counters by name."""
+
+class Vcpu:
+    """A virtual processor. State access waits while another thread is in `run`."""
+
+    def run(self) -> tuple[int, str | None]:
+        """KVM_RUN without the GIL: exit reason, and what an internal error was. Fills in kvm_run; reads its answers."""
+
+    def kick(self) -> None:
+        """Make `run`, now or next, return KVM_EXIT_INTR. Any thread."""
+
+    def clear_kick(self) -> None:
+        """Forget a kick that `run` has not seen."""
+
+    def get_regs(self) -> bytes:
+        """kvm_regs."""
+
+    def set_regs(self, b: bytes) -> None:
+        """kvm_regs. An access that the last exit waits for is dropped."""
+
+    def get_sregs(self) -> bytes:
+        """kvm_sregs."""
+
+    def set_sregs(self, b: bytes) -> None:
+        """kvm_sregs. EINVAL: impossible combination."""
+
+    def get_fpu(self) -> bytes:
+        """kvm_fpu."""
+
+    def set_fpu(self, b: bytes) -> None:
+        """kvm_fpu."""
+
+    def get_xsave(self) -> bytes:
+        """kvm_xsave: 4096 bytes."""
+
+    def set_xsave(self, b: bytes) -> None:
+        """kvm_xsave. EINVAL: a component or MXCSR bit that doesn't exist."""
+
+    def get_xcr0(self) -> int:
+        """XCR0."""
+
+    def set_xcr0(self, value: int) -> None:
+        """XCR0. EINVAL: bits that don't exist."""
+
+    def get_msr(self, index: int) -> int | None:
+        """An MSR; None if there is none."""
+
+    def set_msr(self, index: int, value: int) -> bool:
+        """Set an MSR; False if it or the value is not allowed."""
+
+    def set_cpuid(self, entries: list[_Cpuid]) -> None:
+        """What CPUID answers."""
+
+    def get_cpuid(self) -> list[_Cpuid]:
+        """The table of `set_cpuid`."""
+
+    def get_lapic(self) -> bytes:
+        """kvm_lapic_state. EINVAL: no local APIC."""
+
+    def set_lapic(self, b: bytes) -> None:
+        """kvm_lapic_state. EINVAL: no local APIC."""
+
+    def get_mp_state(self) -> int:
+        """KVM_MP_STATE_*."""
+
+    def set_mp_state(self, value: int) -> None:
+        """KVM_MP_STATE_*."""
+
+    def get_vcpu_events(self) -> bytes:
+        """kvm_vcpu_events."""
+
+    def set_vcpu_events(self, b: bytes) -> None:
+        """kvm_vcpu_events."""
+
+    def get_debugregs(self) -> bytes:
+        """kvm_debugregs."""
+
+    def set_debugregs(self, b: bytes) -> None:
+        """kvm_debugregs. EINVAL: upper halves of DR6 or DR7."""
+
+    def interrupt(self, vector: int) -> None:
+        """Queue an external interrupt. EEXIST: one waits."""
+
+    def nmi(self) -> None:
+        """Queue an NMI. Any thread."""
+
+    def translate(self, address: int) -> int | None:
+        """The gpa that a supervisor's read of a gva reaches; None if it faults."""
+
+    def set_interpret_only(self, on: bool) -> None:
+        """Translate nothing: for tests and to tell the translator's bugs from the interpreter's."""
+
+def host_cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+    """CPUID of the host: eax, ebx, ecx, edx."""
+
+def host_tsc_khz() -> int:
+    """Frequency of the host's TSC."""
+
+def monotonic_raw_ns() -> int:
+    """CLOCK_MONOTONIC_RAW: the time base of all timers."""
+
+def msr_list() -> list[int]:
+    """KVM_GET_MSR_INDEX_LIST."""
+
+def load_u16(address: int) -> int:
+    """Load with acquire order from host memory; ValueError if unaligned."""
+
+def load_u32(address: int) -> int:
+    """Load with acquire order from host memory; ValueError if unaligned."""
+
+def load_u64(address: int) -> int:
+    """Load with acquire order from host memory; ValueError if unaligned."""
+
+def store_u16(address: int, value: int) -> None:
+    """Store with release order to host memory; ValueError if unaligned."""
+
+def store_u32(address: int, value: int) -> None:
+    """Store with release order to host memory; ValueError if unaligned."""
+
+def store_u64(address: int, value: int) -> None:
+    """Store with release order to host memory; ValueError if unaligned."""
+
+def fence() -> None:
+    """A full memory barrier."""

@@ -1,0 +1,165 @@
+"""Interrupt lines: from GSIs by the routing table to the PIC, the IOAPIC and messages (``virt/kvm/irqchip.c``)."""
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+
+from kvmkit import _engine
+from kvmkit.kvm.soft.x86 import i8254, i8259, ioapic
+from kvmkit.uapi import common as c
+from kvmkit.uapi import x86 as x
+from kvmkit.uapi.errors import ioctl_error
+
+_PIC_PORTS = frozenset(i8259.PORTS)
+_PIT_PORTS = frozenset(i8254.PORTS)
+
+_Pin = tuple[int, int]
+"""KVM_IRQCHIP_* and pin."""
+
+
+class IrqChip:
+    """PIC, IOAPIC, and the PIT once it is created. Any thread may call; one lock guards all chips."""
+
+    def __init__(self, vm: _engine.Vm) -> None:
+        """Create the chips of KVM_CREATE_IRQCHIP with the kernel's default routing."""
+        self._vm = vm
+        self.lock = threading.RLock()
+        self.pins: dict[int, list[_Pin]] = {}
+        self.msis: dict[int, list[tuple[int, int]]] = {}
+        self.pic = i8259.Pic(vm.set_extint, self._publish)
+        self.ioapic = ioapic.Ioapic(vm.send_message, self._publish)
+        self.pit: i8254.I8254 | None = None
+        for gsi in range(ioapic.PINS):
+            self.pins[gsi] = [(x.KVM_IRQCHIP_IOAPIC, gsi)]
+            if gsi < 16:
+                self.pins[gsi].append((x.KVM_IRQCHIP_PIC_SLAVE if gsi >= 8 else x.KVM_IRQCHIP_PIC_MASTER, gsi & 7))
+        self._publish()
+        # Edges that arrive without Python (irqfd, PIT) but concern the PIC or a level-triggered pin wait here.
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._closing = False
+        vm.set_wake_fd(self._wake)
+        self._thread = threading.Thread(target=self._serve, name="kvm-irqchip", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if not self._closing:
+            self._closing = True
+            self._vm.set_wake_fd(-1)
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+            os.close(self._wake)
+
+    def _serve(self) -> None:
+        while True:
+            os.eventfd_read(self._wake)
+            if self._closing:
+                return
+            for gsi in self._vm.take_lines():
+                self.pulse(gsi)
+
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT2."""
+        self.pit = i8254.I8254(_engine.monotonic_raw_ns, self._vm.arm_pit, self._vm.cancel_pit)
+
+    def set_routing(self, entries: Sequence[c.kvm_irq_routing_entry]) -> None:
+        """KVM_SET_GSI_ROUTING; EINVAL for what can't be routed to."""
+        pins: dict[int, list[_Pin]] = {}
+        msis: dict[int, list[tuple[int, int]]] = {}
+        for e in entries:
+            if e.gsi >= 4096:
+                raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi} is 4096 or more")
+            if e.type == c.KVM_IRQ_ROUTING_MSI:
+                address = e.u.msi.address_hi << 32 | e.u.msi.address_lo
+                msis.setdefault(e.gsi, []).append((address, e.u.msi.data))
+            elif e.type == c.KVM_IRQ_ROUTING_IRQCHIP:
+                chip, pin = e.u.irqchip.irqchip, e.u.irqchip.pin
+                limit = {x.KVM_IRQCHIP_PIC_MASTER: 8, x.KVM_IRQCHIP_PIC_SLAVE: 8, x.KVM_IRQCHIP_IOAPIC: ioapic.PINS}
+                if pin >= limit.get(chip, 0):
+                    raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"chip {chip} has no pin {pin}")
+                pins.setdefault(e.gsi, []).append((chip, pin))
+            else:
+                raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"routing type {e.type}")
+        with self.lock:
+            self.pins, self.msis = pins, msis
+            self._vm.clear_routes()
+            self._publish()
+
+    def _publish(self) -> None:
+        """Compile what an edge on each GSI does into the engine's table."""
+        for gsi in self.pins.keys() | self.msis.keys():
+            messages, python = [], False
+            for chip, pin in self.pins.get(gsi, ()):
+                if chip == x.KVM_IRQCHIP_IOAPIC:
+                    python |= self.ioapic.is_level(pin)
+                    message = self.ioapic.edge_message(pin)
+                    messages += [message] if message else []
+                else:
+                    python |= not self.pic.masked(pin + 8 * (chip == x.KVM_IRQCHIP_PIC_SLAVE))
+            self._vm.set_route(gsi, messages, self.msis.get(gsi, []), python)
+
+    def line(self, gsi: int, level: int) -> None:
+        """KVM_IRQ_LINE: drive GSI `gsi`."""
+        with self.lock:
+            for chip, pin in self.pins.get(gsi, ()):
+                if chip == x.KVM_IRQCHIP_IOAPIC:
+                    self.ioapic.set_irq(pin, level)
+                else:
+                    self.pic.set_irq(pin + 8 * (chip == x.KVM_IRQCHIP_PIC_SLAVE), level)
+            if level:
+                for address, data in self.msis.get(gsi, ()):
+                    self._vm.signal_msi(address, data)
+
+    def pulse(self, gsi: int) -> None:
+        """Raise and lower GSI `gsi`."""
+        with self.lock:
+            self.line(gsi, 1)
+            self.line(gsi, 0)
+
+    def owns_port(self, port: int) -> bool:
+        """Whether `port` belongs to a chip."""
+        return port in _PIC_PORTS or (self.pit is not None and port in _PIT_PORTS)
+
+    def port_in(self, port: int) -> int:
+        """Read a byte from a port that is owned."""
+        with self.lock:
+            if port in _PIC_PORTS:
+                return self.pic.read(port)
+            assert self.pit is not None
+            return self.pit.read(port)
+
+    def port_out(self, port: int, value: int) -> None:
+        """Write a byte to a port that is owned."""
+        with self.lock:
+            if port in _PIC_PORTS:
+                self.pic.write(port, value)
+            else:
+                assert self.pit is not None
+                self.pit.write(port, value)
+
+    def get(self, chip_id: int) -> x.kvm_irqchip:
+        """KVM_GET_IRQCHIP."""
+        chip = x.kvm_irqchip(chip_id=chip_id)
+        with self.lock:
+            match chip_id:
+                case x.KVM_IRQCHIP_PIC_MASTER | x.KVM_IRQCHIP_PIC_SLAVE:
+                    chip.chip.pic = self.pic.chips[chip_id].get_state()
+                case x.KVM_IRQCHIP_IOAPIC:
+                    chip.chip.ioapic = self.ioapic.get_state()
+                case _:
+                    raise ioctl_error("KVM_GET_IRQCHIP", errno.EINVAL, f"no chip {chip_id}")
+        return chip
+
+    def set(self, chip: x.kvm_irqchip) -> None:
+        """KVM_SET_IRQCHIP."""
+        with self.lock:
+            match chip.chip_id:
+                case x.KVM_IRQCHIP_PIC_MASTER | x.KVM_IRQCHIP_PIC_SLAVE:
+                    self.pic.chips[chip.chip_id].set_state(chip.chip.pic)
+                    self.pic.update()
+                    self._publish()
+                case x.KVM_IRQCHIP_IOAPIC:
+                    self.ioapic.set_state(chip.chip.ioapic)
+                case _:
+                    raise ioctl_error("KVM_SET_IRQCHIP", errno.EINVAL, f"no chip {chip.chip_id}")

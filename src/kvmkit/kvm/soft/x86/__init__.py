@@ -1,0 +1,1 @@
+"""The x86 part of the software KVM (``arch/x86/kvm``)."""
