@@ -1,0 +1,46 @@
+"""The command line: one file a verb."""
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from kvmkit.cli.info import info
+from kvmkit.cli.run import EXIT_KVMKIT, run
+from kvmkit.errors import KvmkitError
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="kvmkit")
+def commands() -> None:
+    """KVM for Python: run Linux in a microVM, with or without /dev/kvm."""
+
+
+commands.add_command(run)
+commands.add_command(info)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        commands.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_KVMKIT)
+    except click.Abort:  # KeyboardInterrupt, as click passes it on
+        sys.exit(128 + signal.SIGINT)
+    except KvmkitError as error:
+        click.echo(f"kvmkit: {error}", err=True)
+        sys.exit(EXIT_KVMKIT)
+    sys.exit(0)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Unwind, so that every ``with`` on the way cleans up."""
+    sys.exit(128 + number)

@@ -1,0 +1,60 @@
+"""The command line without a guest: options, help, info."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from kvmkit.cli import commands
+from kvmkit.cli.run import Memory, _status
+from kvmkit.client import End
+
+
+def test_help_names_the_exit_codes() -> None:
+    text = CliRunner().invoke(commands, ["run", "--help"]).output
+    for line in ("  124  the timeout", "  125  kvmkit failed", "  126  the guest died"):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"), [("256M", 256 << 20), ("1g", 1 << 30), ("64MiB", 64 << 20), ("4096", 4096)]
+)
+def test_memory(text: str, size_bytes: int) -> None:
+    assert Memory().convert(text, None, None) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "3X", "-1M", "1.5G"])
+def test_wrong_memory(text: str) -> None:
+    result = CliRunner().invoke(commands, ["run", "--memory", text])
+    assert result.exit_code != 0
+    assert "256M or 1G" in result.output
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "command", "code"),
+    [
+        ("power-off", 3, ("false",), 3),
+        ("power-off", 0, ("true",), 0),
+        ("power-off", None, ("true",), 126),
+        ("power-off", None, (), 0),
+        ("reset", None, (), 0),
+        ("stopped", None, (), 0),
+        ("exit", 7, (), 7),
+        ("panic", None, (), 126),
+        ("triple-fault", None, (), 126),
+        ("engine", 0, ("true",), 125),
+        ("output-closed", None, ("true",), 141),
+    ],
+)
+def test_exit_status(reason: str, status: int | None, command: tuple[str, ...], code: int) -> None:
+    assert _status(End(reason, "", status, ""), command) == code
+
+
+def test_info() -> None:
+    """Both forms say the same."""
+    report = json.loads(CliRunner().invoke(commands, ["info", "--json"]).output)
+    assert [engine["name"] for engine in report["engines"]] == ["linux", "soft"]
+    text = CliRunner().invoke(commands, ["info"]).output
+    assert "auto takes: " in text
+    for engine in report["engines"]:
+        assert all(name in text for name in engine["capabilities"])
