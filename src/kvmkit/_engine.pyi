@@ -27,7 +27,7 @@ class Vm:
         """Create a vCPU whose kvm_run lies at `kvm_run_address` (3 pages, which the caller keeps mapped)."""
 
     def create_lapics(self) -> None:
-        """vCPUs created from now on have local APICs."""
+        """VCPUs created from now on have local APICs."""
 
     def set_boot_cpu(self, id: int) -> None:
         """The vCPU that starts without INIT and SIPI."""
@@ -41,7 +41,9 @@ class Vm:
     def set_extint(self, level: bool) -> None:
         """Level of the PIC's INTR."""
 
-    def set_route(self, gsi: int, messages: list[_Message], msis: list[tuple[int, int]], python: bool) -> None:
+    def set_route(
+        self, gsi: int, messages: list[_Message], msis: list[tuple[int, int]], python: bool
+    ) -> None:
         """What an edge on `gsi` sends. `python`: more must happen than that; such edges wait for `take_lines`."""
 
     def clear_routes(self) -> None:

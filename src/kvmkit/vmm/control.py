@@ -36,9 +36,8 @@ class Control:
     def send(self, event: str, **details: Any) -> None:
         """Send an event with the time now. A client that is gone is no error: reading notices it."""
         line = json.dumps({"event": event, "t_ns": time.monotonic_ns(), **details}) + "\n"
-        with self._lock:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                self.sock.sendall(line.encode())
+        with self._lock, suppress(BrokenPipeError, ConnectionResetError):
+            self.sock.sendall(line.encode())
 
     def receive(self) -> dict[str, Any] | None:
         """Wait for the next message; None when the client has closed its end."""

@@ -33,7 +33,9 @@ class IrqChip:
         for gsi in range(ioapic.PINS):
             self.pins[gsi] = [(x.KVM_IRQCHIP_IOAPIC, gsi)]
             if gsi < 16:
-                self.pins[gsi].append((x.KVM_IRQCHIP_PIC_SLAVE if gsi >= 8 else x.KVM_IRQCHIP_PIC_MASTER, gsi & 7))
+                self.pins[gsi].append(
+                    (x.KVM_IRQCHIP_PIC_SLAVE if gsi >= 8 else x.KVM_IRQCHIP_PIC_MASTER, gsi & 7)
+                )
         self._publish()
         # Edges that arrive without Python (irqfd, PIT) but concern the PIC or a level-triggered pin wait here.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -75,7 +77,11 @@ class IrqChip:
                 msis.setdefault(e.gsi, []).append((address, e.u.msi.data))
             elif e.type == c.KVM_IRQ_ROUTING_IRQCHIP:
                 chip, pin = e.u.irqchip.irqchip, e.u.irqchip.pin
-                limit = {x.KVM_IRQCHIP_PIC_MASTER: 8, x.KVM_IRQCHIP_PIC_SLAVE: 8, x.KVM_IRQCHIP_IOAPIC: ioapic.PINS}
+                limit = {
+                    x.KVM_IRQCHIP_PIC_MASTER: 8,
+                    x.KVM_IRQCHIP_PIC_SLAVE: 8,
+                    x.KVM_IRQCHIP_IOAPIC: ioapic.PINS,
+                }
                 if pin >= limit.get(chip, 0):
                     raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"chip {chip} has no pin {pin}")
                 pins.setdefault(e.gsi, []).append((chip, pin))

@@ -33,7 +33,9 @@ _MAX_PHYSICAL = 1 << 46
 _EXTINT = 1 << 16
 """The engine's own exit reason: the PIC is asked for a vector."""
 
-_EVENT_FLAGS = x.KVM_VCPUEVENT_VALID_NMI_PENDING | x.KVM_VCPUEVENT_VALID_SIPI_VECTOR | x.KVM_VCPUEVENT_VALID_SHADOW
+_EVENT_FLAGS = (
+    x.KVM_VCPUEVENT_VALID_NMI_PENDING | x.KVM_VCPUEVENT_VALID_SIPI_VECTOR | x.KVM_VCPUEVENT_VALID_SHADOW
+)
 
 _CAPABILITIES = {
     cap.KVM_CAP_IRQCHIP: 1,
@@ -460,7 +462,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
                     chip.ioapic.write(offset, int.from_bytes(bytes(access.data)[:4], "little"))
             else:
                 value = chip.ioapic.read(offset)
-                access.data[:] = value.to_bytes(8, "little")
+                access.data[:] = list(value.to_bytes(8, "little"))
 
     def kick(self) -> None:
         """Set `immediate_exit` and interrupt a running guest. Any thread."""

@@ -169,8 +169,16 @@ class I8259:
     def set_state(self, s: x86.kvm_pic_state) -> None:
         """Take over KVM_SET_IRQCHIP's state; out-of-range fields are cut to what the chip has."""
         self.lines, self.irr, self.imr, self.isr = s.last_irr, s.irr, s.imr, s.isr
-        self.priority_add, self.irq_base, self.init_state = s.priority_add & 7, s.irq_base & 0xF8, s.init_state & 3
-        self.read_isr, self.poll, self.special_mask = bool(s.read_reg_select), bool(s.poll), bool(s.special_mask)
+        self.priority_add, self.irq_base, self.init_state = (
+            s.priority_add & 7,
+            s.irq_base & 0xF8,
+            s.init_state & 3,
+        )
+        self.read_isr, self.poll, self.special_mask = (
+            bool(s.read_reg_select),
+            bool(s.poll),
+            bool(s.special_mask),
+        )
         self.auto_eoi, self.rotate_on_auto_eoi = bool(s.auto_eoi), bool(s.rotate_on_auto_eoi)
         self.special_fully_nested, self.init4 = bool(s.special_fully_nested_mode), bool(s.init4)
         self.write_elcr(s.elcr)
@@ -203,7 +211,9 @@ class Pic:
     def masked(self, line: int) -> bool:
         """Whether input `line` cannot raise INTR."""
         master, slave = self.chips
-        return bool(slave.imr & 1 << line - 8 or master.imr & 4) if line >= 8 else bool(master.imr & 1 << line)
+        return (
+            bool(slave.imr & 1 << line - 8 or master.imr & 4) if line >= 8 else bool(master.imr & 1 << line)
+        )
 
     def acknowledge(self) -> int:
         """Acknowledge cycle: the vector. Input 7 answers if the request went away (spurious)."""

@@ -137,7 +137,11 @@ class Ioapic:
 
     def set_state(self, state: x86.kvm_ioapic_state) -> None:
         """Take over KVM_SET_IRQCHIP's state."""
-        self.ioregsel, self.id, self.lines = state.ioregsel & 0xFF, state.id & 0xF, state.irr & (1 << PINS) - 1
+        self.ioregsel, self.id, self.lines = (
+            state.ioregsel & 0xFF,
+            state.id & 0xF,
+            state.irr & (1 << PINS) - 1,
+        )
         self.redirtbl = [int(e.bits) for e in state.redirtbl]
         self._changed()
         for pin in range(PINS):
