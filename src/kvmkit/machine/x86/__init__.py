@@ -1,0 +1,1 @@
+"""An x86-64 PC, as much of it as Linux needs to boot."""

@@ -1,0 +1,65 @@
+import pytest
+
+from kvmkit.devices.acpi_pm import AcpiPm
+from kvmkit.devices.bus import Bus
+from kvmkit.devices.debug_exit import DebugExit
+from kvmkit.devices.i8042 import I8042
+from kvmkit.devices.pci import PciConfig
+
+
+def test_i8042_resets_and_nothing_else() -> None:
+    resets: list[str] = []
+    device = I8042(lambda: resets.append("reset"))
+    assert device.read(0, 1) & 0x03 == 0  # nothing to read, and ready for a command: kb_wait() ends at once
+    for command in (0x20, 0x60, 0xAA, 0xF0, 0xFD, 0xFF):
+        device.write(0, 1, command)
+    assert resets == []
+    device.write(0, 1, 0xFE)
+    assert resets == ["reset"]
+
+
+def test_debug_exit() -> None:
+    codes: list[int] = []
+    device = DebugExit(codes.append)
+    assert device.read(0, 4) == 0
+    device.write(0, 1, 3)
+    device.write(0, 4, 0x12345)
+    assert codes == [3, 0x12345]
+
+
+def test_pci_is_empty() -> None:
+    device = PciConfig(pytest.fail)
+    device.write(3, 1, 1)  # Linux's probe of mechanism #1
+    device.write(0, 4, 0x80000000)
+    assert device.read(0, 4) == 0x80000000
+    assert device.read(4, 4) == 0xFFFFFFFF
+    assert device.read(6, 2) == 0xFFFF
+    device.write(4, 4, 0x12345678)
+    device.write(0, 4, 0xFFFFFFFF)
+    assert device.read(0, 4) == 0x80FFFFFC
+
+
+def test_reset_control_register() -> None:
+    resets: list[str] = []
+    device = PciConfig(lambda: resets.append("reset"))
+    device.write(1, 1, device.read(1, 1) | 0x02)
+    assert resets == []
+    device.write(1, 1, 0x06)
+    assert resets == ["reset"]
+
+
+def test_acpi_s5() -> None:
+    offs: list[str] = []
+    device = Bus()
+    device.register(0, 6, AcpiPm(lambda: offs.append("off")))
+    assert device.read(4, 2) == 1  # SCI_EN: always in ACPI mode
+    assert device.read(0, 4) == 0
+    device.write(2, 2, 0xFFFF)
+    device.write(0, 2, 0xFFFF)
+    assert device.read(0, 4) == 0x0721 << 16
+    device.write(4, 2, 5 << 10)
+    assert device.read(4, 2) == 5 << 10 | 1
+    device.write(4, 2, 3 << 10 | 1 << 13)  # S3 is not there
+    assert offs == []
+    device.write(4, 2, 5 << 10 | 1 << 13)
+    assert offs == ["off"]
