@@ -769,7 +769,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             let ea = effective(&v.cpu, i).wrapping_add((offset.div_euclid(bits) * size as i64) as u64);
             let write = i.mnemonic() != Bt;
             let la = segment::linear(&v.cpu, segment_index(i.memory_segment()), ea, size as u64, write)?;
-            careful::run_at(v, i, bytes, la, false)?;
+            careful::run_at(v, i, bytes, la, true)?;
         }
         Nop | Endbr32 | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch => {}
         Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
