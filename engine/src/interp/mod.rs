@@ -19,6 +19,7 @@ use crate::mmu;
 use crate::segment::{self, Inspect};
 use crate::sys;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// What an instruction did, when it did not fail.
 pub(crate) enum Done {
@@ -767,9 +768,8 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
                 _ => raw as i64,
             };
             let ea = effective(&v.cpu, i).wrapping_add((offset.div_euclid(bits) * size as i64) as u64);
-            let write = i.mnemonic() != Bt;
-            let la = segment::linear(&v.cpu, segment_index(i.memory_segment()), ea, size as u64, write)?;
-            careful::run_at(v, i, bytes, la, true)?;
+            let la = segment::linear(&v.cpu, segment_index(i.memory_segment()), ea, size as u64, i.mnemonic() != Bt)?;
+            bit_in_memory(v, i.mnemonic(), la, size, offset.rem_euclid(bits) as u64)?;
         }
         Nop | Endbr32 | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch => {}
         Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
@@ -781,6 +781,44 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
         _ => return native(v, i, bytes, fpu),
     }
     Ok(Done::Next)
+}
+
+/// BT, BTS, BTR or BTC of bit `bit` of the `size`-byte operand at `la`: atomic on RAM, locked or not.
+fn bit_in_memory(v: &mut Vcpu, mnemonic: Mnemonic, la: u64, size: usize, bit: u64) -> Res<()> {
+    let mode = v.cpu.mmu_mode();
+    let mask = 1u64 << bit;
+    let update = |old: u64| match mnemonic {
+        Mnemonic::Bts => old | mask,
+        Mnemonic::Btr => old & !mask,
+        _ => old ^ mask,
+    };
+    let old = if mnemonic == Mnemonic::Bt {
+        load(v, la, size)?
+    } else {
+        // The byte that holds the bit is always aligned.
+        match access::direct(v, la.wrapping_add(bit / 8), 1, mode)? {
+            Some((p, slot, gpa)) => {
+                let byte_mask = 1u8 << (bit & 7);
+                // SAFETY: a byte of guest memory, valid while this vCPU runs.
+                let byte = unsafe { &*p.cast::<AtomicU8>() };
+                let old = match mnemonic {
+                    Mnemonic::Bts => byte.fetch_or(byte_mask, Ordering::SeqCst),
+                    Mnemonic::Btr => byte.fetch_and(!byte_mask, Ordering::SeqCst),
+                    _ => byte.fetch_xor(byte_mask, Ordering::SeqCst),
+                };
+                access::written(v, &slot, gpa, 1);
+                (old as u64) << (bit & !7)
+            }
+            None => {
+                access::check_write(v, la, size as u64, mode)?;
+                let old = load(v, la, size)?;
+                store(v, la, size, update(old))?;
+                old
+            }
+        }
+    };
+    v.cpu.aflags = v.cpu.aflags & !rflags::CF | old >> bit & 1;
+    Ok(())
 }
 
 /// Instructions that the processor itself computes.
