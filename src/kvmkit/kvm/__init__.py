@@ -8,8 +8,6 @@
 above know an engine only through them; the engines, `linux` and `soft`, are loaded when they are asked for.
 """
 
-from importlib import import_module
-
 from kvmkit.kvm import exits
 from kvmkit.kvm.contract import Device, Kvm, Vcpu, Vm, irqchip_route, msi_route
 from kvmkit.kvm.memory import GuestAddressError, GuestMemory, MemoryMap
@@ -46,6 +44,7 @@ def open(engine: str = "auto") -> Kvm:
 
         return open_kvm()
     if engine == "soft":
-        soft: Kvm = import_module("kvmkit.kvm.soft.main").Kvm()
-        return soft
+        from kvmkit.kvm.soft.main import Kvm as SoftKvm
+
+        return SoftKvm()
     raise ValueError(f"engine {engine!r}: there are {', '.join(ENGINES)} and auto")

@@ -11,6 +11,8 @@ from kvmkit.uapi import common as c
 from kvmkit.uapi import x86 as x
 from kvmkit.uapi.capabilities import KVM_CAP_XSAVE2
 
+_UNTOUCHED = b"\xff" * ctypes.sizeof(x.kvm_cpuid_entry2)
+
 
 class _Tables(Fd):
     """CPUID and MSR tables, which the system and vCPUs share."""
@@ -19,6 +21,8 @@ class _Tables(Fd):
         count = 64
         while True:
             table = Flexible(x.kvm_cpuid2, x.kvm_cpuid_entry2, count)
+            # Older kernels (6.1) leave `nent` of KVM_GET_CPUID2 as it was: what it didn't fill in is known by this pattern.
+            ctypes.memset(table.entries, 0xFF, ctypes.sizeof(table.entries))
             table.head.nent = count
             try:
                 self._ioctl(request, table.buffer)
@@ -27,7 +31,7 @@ class _Tables(Fd):
                     raise
                 count *= 2
             else:
-                return list(table.entries[: table.head.nent])
+                return [entry for entry in table.entries[: table.head.nent] if bytes(entry) != _UNTOUCHED]
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """KVM_GET_MSRS."""
