@@ -1,5 +1,6 @@
 """Every test here that takes `kvm` runs on each engine; an engine that can't be used here skips, and says why."""
 
+import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -14,6 +15,8 @@ from kvmkit.uapi.capabilities import CAPABILITIES
 def kvm(request: pytest.FixtureRequest) -> Iterator[Kvm]:
     """An open engine."""
     engine: str = request.param
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86 guests need an x86 machine")
     if engine == "soft" and find_spec("kvmkit._engine") is None:
         pytest.skip("soft: the native module kvmkit._engine isn't built")
     try:
