@@ -8,7 +8,7 @@ use crate::cpu::{Cpu, TLB_INVALID, mmu_mode};
 use crate::jumps::{JUMP_ENTRIES, JumpEntry, Jumps, LINKS};
 use crate::mem::CodePages;
 use crate::thunks;
-use crate::translate::{Entry, Link, LinkIds, Mode, Translator};
+use crate::translate::{Decoded, Entry, Link, LinkIds, Mode, Translator};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -110,6 +110,7 @@ pub struct CodeCache {
     ids: Ids,
     translator: Translator,
     careful: FastMap<[u8; 16], u32>,
+    decoded: Vec<Box<Decoded>>,
     /// Counts `clear`: addresses in the cache are good for one generation.
     pub generation: u64,
     pub translated: u64,
@@ -154,6 +155,7 @@ impl CodeCache {
             ids: Ids { low: 0, high: LINKS as u32 / 2 },
             translator: Translator::new(),
             careful: FastMap::default(),
+            decoded: Vec::new(),
             generation: 0,
             translated: 0,
             invalidated: 0,
@@ -224,6 +226,7 @@ impl CodeCache {
             self.links.insert(n, link);
             links.push(n);
         }
+        self.decoded.extend(t.decoded);
         let page = self.pages.entry(key.page).or_default();
         page.blocks.push(id);
         page.granules |= granules(key.rip & 0xfff, (key.rip & 0xfff) + t.guest_len as u64 - 1);
@@ -286,6 +289,13 @@ impl CodeCache {
         }
         let m = block.map.partition_point(|m| m.0 <= offset - block.start).checked_sub(1)?;
         Some((block.key.rip + block.map[m].1 as u64, block.map[m].2))
+    }
+
+    /// Is the block at host address `pc` still valid?
+    pub fn is_valid_at(&self, pc: u64) -> bool {
+        let offset = pc.wrapping_sub(self.rx as u64) as u32;
+        let n = self.blocks.partition_point(|b| b.start <= offset);
+        n != 0 && self.blocks[n - 1].valid
     }
 
     /// Does any block cover a byte of `[first, last]`? May say yes for a near miss.
@@ -362,6 +372,7 @@ impl CodeCache {
         self.pages.clear();
         self.links.clear();
         self.careful.clear();
+        self.decoded.clear();
         self.ids = Ids { low: 0, high: LINKS as u32 / 2 };
         self.generation += 1;
     }

@@ -20,6 +20,9 @@ pub enum Class {
     Cli,
     Sti,
     Rdtsc,
+    Rdtscp,
+    /// BT and its kin with a register offset into memory.
+    Bit,
     Pushf,
     /// Executed by the interpreter from within the block, which goes on behind it.
     Interpret,
@@ -96,7 +99,13 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         }
         Mov => Class::Plain,
         // A register bit offset reaches beyond the operand in memory.
-        Bt | Bts | Btr | Btc if memory && i.op1_kind() == OpKind::Register => Class::Interpret,
+        Bt | Bts | Btr | Btc if memory && i.op1_kind() == OpKind::Register => {
+            if i.op1_register().size() >= 4 {
+                Class::Bit
+            } else {
+                Class::Interpret
+            }
+        }
         Bt | Bts | Btr | Btc => Class::Plain,
         Nop | Endbr64 | Endbr32 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch => {
             Class::Nop
@@ -114,10 +123,11 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         Cli => Class::Cli,
         Sti => Class::Sti,
         Rdtsc => Class::Rdtsc,
+        Rdtscp => Class::Rdtscp,
         Pushfq => Class::Pushf,
         Cpuid | Rdmsr | Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Scasb | Scasw | Scasd
         | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq | Lodsb | Lodsw | Lodsd | Lodsq | Rdfsbase | Wrfsbase | Rdgsbase
-        | Wrgsbase | Swapgs | Cld | Std | Xlatb | Enter | Rdtscp | Xgetbv
+        | Wrgsbase | Swapgs | Cld | Std | Xlatb | Enter | Xgetbv
             if i.op_count() == 0 || !has_vector(i) =>
         {
             Class::Interpret

@@ -326,6 +326,24 @@ impl Asm {
         self.buf.push(0xff);
         self.modrm_disp(2, base, disp);
     }
+    pub fn movsxd(&mut self, dst: u8, src: u8) {
+        self.rex(true, dst, 0, src);
+        self.bytes(&[0x63, 0xc0 | (dst & 7) << 3 | src & 7]);
+    }
+    pub fn movsxd_load(&mut self, dst: u8, base: u8, disp: i32) {
+        self.rex(true, dst, 0, base);
+        self.buf.push(0x63);
+        self.modrm_disp(dst, base, disp);
+    }
+    pub fn sar(&mut self, reg: u8, count: u8) {
+        self.rex(true, 0, 0, reg);
+        self.bytes(&[0xc1, 0xf8 | reg & 7, count]);
+    }
+    /// `or dst8, src8`
+    pub fn alu_reg8_or(&mut self, dst: u8, src: u8) {
+        self.buf.push(0x40 | (src >> 3) << 2 | dst >> 3);
+        self.bytes(&[0x08, 0xc0 | (src & 7) << 3 | dst & 7]);
+    }
     pub fn shr32(&mut self, reg: u8, count: u8) {
         self.rex(false, 0, 0, reg);
         self.bytes(&[0xc1, 0xe8 | reg & 7, count]);

@@ -5,10 +5,10 @@
 
 use crate::cache::{Key, Target, revoke_writes};
 use crate::cpu::{Cpu, Exception, Exit, Stop, Vcpu, rflags};
-use crate::mem::CodePages;
+use crate::mem::{CodePages, LOG_DIRTY};
 use crate::run::{self, leave};
-use crate::translate::Mode;
-use crate::{exception, interp, mmu, thunks};
+use crate::translate::{Decoded, Mode};
+use crate::{access, exception, interp, mmu, thunks};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Longest stretch of guest code that one block is translated from.
@@ -41,6 +41,12 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
     {
         return entry.host + offset;
     }
+    if write
+        && offset + size <= 4096
+        && let Some(host) = write_beside_code(v, address, size, mode, return_pc)
+    {
+        return host;
+    }
     // A fault, a device, a page-crossing access, or a page with code: the interpreter takes the whole
     // instruction, of which nothing has happened yet.
     let place = v.vm.cache.lock().unwrap().guest_rip(return_pc);
@@ -53,15 +59,44 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
     go_on(v, result)
 }
 
-/// One instruction by the interpreter; `next` is where the block goes on, or 0.
-pub unsafe extern "C" fn interpret(cpu: *mut Cpu, rip: u64, next: u64, _return_pc: u64) -> u64 {
+/// A write to a page that holds code, by the only vCPU: what it overwrites is forgotten beforehand, and the
+/// store itself goes straight to memory. `None` if the running block is among that, or more is to be done.
+fn write_beside_code(v: &mut Vcpu, address: u64, size: u64, mode: usize, return_pc: u64) -> Option<u64> {
+    let vm = v.vm.clone();
+    if vm.vcpus.read().unwrap().len() != 1 {
+        // Another vCPU could translate what is there before the store arrives.
+        return None;
+    }
+    let (p, slot, gpa) = access::direct(v, address, size, mode).ok()??;
+    if slot.flags & LOG_DIRTY != 0 {
+        return None;
+    }
+    let overlaps = vm.cache.lock().unwrap().overlaps(gpa, gpa + size - 1);
+    if overlaps {
+        vm.note_write(Some(&v.shared), gpa, size);
+        let cache = vm.cache.lock().unwrap();
+        if !cache.is_valid_at(return_pc) || cache.generation != v.generation {
+            return None;
+        }
+    }
+    Some(p as u64)
+}
+
+/// The instruction at `decoded` by the interpreter; `next` is where the block goes on, or 0.
+pub unsafe extern "C" fn interpret(cpu: *mut Cpu, decoded: u64, next: u64, _return_pc: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    // SAFETY: owned by the code cache for as long as the calling block exists; copied because running the
+    // instruction may flush the cache.
+    let (i, bytes) = unsafe {
+        let d = &*(decoded as *const Decoded);
+        (d.instruction, d.bytes)
+    };
     v.cpu.jump = 0;
-    v.cpu.rip = rip;
+    v.cpu.rip = i.ip();
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     let (mode, generation) = (v.block_mode, v.generation);
-    let result = interp::step_integer(v);
+    let result = interp::run_decoded(v, &i, &bytes);
     if next != 0
         && v.cpu.rip == next
         && result == Ok(())
@@ -73,6 +108,16 @@ pub unsafe extern "C" fn interpret(cpu: *mut Cpu, rip: u64, next: u64, _return_p
         v.cpu.flags_saved = pack_flags(v.cpu.aflags);
         return 0;
     }
+    go_on(v, result)
+}
+
+/// The instruction at `rip`, which could not be decoded within its page.
+pub unsafe extern "C" fn step(cpu: *mut Cpu, rip: u64, _: u64, _: u64) -> u64 {
+    // SAFETY: called by a thunk.
+    let v = unsafe { vcpu(cpu) };
+    v.cpu.rip = rip;
+    v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
+    let result = interp::step_integer(v);
     go_on(v, result)
 }
 

@@ -272,7 +272,7 @@ fn check(cpu: &Cpu, allowed: u64, no_execute: bool, la: u64, intent: Intent, mod
     Ok(write)
 }
 
-fn index(la: u64) -> usize {
+pub fn index(la: u64) -> usize {
     (la >> 12) as usize & (TLB_ENTRIES - 1)
 }
 

@@ -87,6 +87,7 @@ pub fn read(v: &mut Vcpu, index: u32) -> Option<u64> {
         0x8b => 0x1_0000_0000, // microcode revision 1
         0xce => 0,             // MSR_PLATFORM_INFO
         0xfe => 0x508,         // 8 variable ranges, fixed ranges, write combining
+        0x10a => arch_capabilities(),
         0x174 => m.sysenter_cs,
         0x175 => m.sysenter_esp,
         0x176 => m.sysenter_eip,
@@ -148,7 +149,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
         }
         0x49 => (value & !1 == 0).then_some(())?, // IA32_PRED_CMD
         0x8b | 0x79 => {}
-        0xfe | 0x179 if host => {}
+        0xfe | 0x10a | 0x179 if host => {}
         0x174 => v.cpu.msr.sysenter_cs = value & 0xffff_ffff,
         0x175 => {
             canonical?;
@@ -225,4 +226,31 @@ fn write_efer(v: &mut Vcpu, value: u64, host: bool) -> Option<()> {
         mmu::flush_all(v);
     }
     Some(())
+}
+
+/// IA32_ARCH_CAPABILITIES: the weaknesses that the host's kernel says this processor does not have. Guest code
+/// runs on it, so what holds for the host holds for the guest.
+pub fn arch_capabilities() -> u64 {
+    use std::sync::OnceLock;
+    static VALUE: OnceLock<u64> = OnceLock::new();
+    *VALUE.get_or_init(|| {
+        [
+            ("meltdown", 0x1),                   // RDCL_NO
+            ("l1tf", 0x8),                       // SKIP_L1DFL_VMENTRY
+            ("spec_store_bypass", 0x10),         // SSB_NO
+            ("mds", 0x20),                       // MDS_NO
+            ("itlb_multihit", 0x40),             // PSCHANGE_MC_NO
+            ("tsx_async_abort", 0x100),          // TAA_NO
+            ("mmio_stale_data", 0xe000),         // SBDR_SSDP_NO, FBSDP_NO, PSDP_NO
+            ("gather_data_sampling", 1 << 26),   // GDS_NO
+            ("reg_file_data_sampling", 1 << 27), // RFDS_NO
+        ]
+        .into_iter()
+        .filter(|(name, _)| {
+            let path = format!("/sys/devices/system/cpu/vulnerabilities/{name}");
+            std::fs::read_to_string(path).is_ok_and(|s| s.trim() == "Not affected")
+        })
+        .map(|(_, bits)| bits)
+        .sum()
+    })
 }

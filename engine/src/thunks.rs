@@ -230,12 +230,13 @@ macro_rules! helper {
 
 helper!(memory, crate::helpers::memory);
 helper!(interpret, crate::helpers::interpret);
+helper!(step, crate::helpers::step);
 helper!(indirect, crate::helpers::indirect);
 helper!(link, crate::helpers::link);
 helper!(poll, crate::helpers::poll);
 
 /// Where translated code finds the thunks: a table at the start of the code cache.
-pub const TABLE: [unsafe extern "C" fn(); 7] = [leave, memory, interpret, indirect, link, poll, leave_light];
+pub const TABLE: [unsafe extern "C" fn(); 8] = [leave, memory, interpret, indirect, link, poll, leave_light, step];
 
 /// Index into `TABLE`.
 #[derive(Clone, Copy)]
@@ -247,4 +248,5 @@ pub enum Thunk {
     Link,
     Poll,
     LeaveLight,
+    Step,
 }

@@ -75,6 +75,7 @@ const TMP1: i32 = TMP0 + 8;
 const RIP: i32 = offset_of!(Cpu, rip) as i32;
 const LEAVE: i32 = offset_of!(Cpu, leave) as i32;
 const LINKS: i32 = (offset_of!(Cpu, jumps) + offset_of!(Jumps, links)) as i32;
+const TSC_AUX: i32 = (offset_of!(Cpu, msr) + offset_of!(crate::cpu::Msrs, tsc_aux)) as i32;
 const OPERAND: i32 = offset_of!(Cpu, operand) as i32;
 
 fn gpr(guest: usize) -> i32 {
@@ -123,6 +124,15 @@ pub struct Translated {
     pub map: Vec<(u32, u16, bool)>,
     /// Links with their ids relative to the first free one of their kind.
     pub links: Vec<(u32, Link)>,
+    /// What the block's calls into the interpreter point to; lives as long as the block's code.
+    pub decoded: Vec<Box<Decoded>>,
+}
+
+/// An instruction that a block leaves to the interpreter, decoded once.
+#[derive(Debug)]
+pub struct Decoded {
+    pub instruction: Instruction,
+    pub bytes: [u8; 15],
 }
 
 /// Supplies link ids: low ones enter with flags in the host, high ones with flags saved.
@@ -174,6 +184,8 @@ pub struct Translator {
     /// Distance from the block's start back to the thunk table.
     to_table: i64,
     careful: bool,
+    /// Encoding of the instruction being emitted.
+    bytes: [u8; 15],
 }
 
 fn flag_effects(i: &Instruction) -> (u32, u32) {
@@ -217,6 +229,7 @@ impl Translator {
             rip: 0,
             to_table: 0,
             careful: false,
+            bytes: [0; 15],
         }
     }
 
@@ -244,6 +257,9 @@ impl Translator {
         let mut ended = false;
         for step in &steps {
             self.mark(step.i.ip());
+            let at = (step.i.ip() - rip) as usize;
+            self.bytes = [0; 15];
+            self.bytes[..step.i.len()].copy_from_slice(&code[at..at + step.i.len()]);
             let mark = self.out.map.len() - 1;
             self.step(step, ids);
             // If it traps, this is where the flags are.
@@ -255,7 +271,9 @@ impl Translator {
             if steps.is_empty() {
                 // The first instruction reaches into the next page, or is no instruction.
                 self.mark(rip);
-                self.call_interpreter(rip, 0);
+                self.save_for_call();
+                self.asm.mov_imm(S0, rip);
+                self.call_thunk(Thunk::Step);
             } else {
                 self.exit_to(next, ids);
             }
@@ -311,13 +329,13 @@ impl Translator {
             }
             let mut class = classify(&i, features);
             match class {
-                Class::Rdtsc if self.mode.0 & Mode::NO_RDTSC != 0 => class = Class::InterpretEnd,
+                Class::Rdtsc | Class::Rdtscp if self.mode.0 & Mode::NO_RDTSC != 0 => class = Class::InterpretEnd,
                 Class::Cli | Class::Sti if self.mode.mmu() == mmu_mode::USER => class = Class::InterpretEnd,
                 // POPF and LAHF aside, AC lives outside the flags that are kept in the host.
                 _ => {}
             }
             let (reads, writes) = match class {
-                Class::Plain | Class::Jcc => flag_effects(&i),
+                Class::Plain | Class::Jcc | Class::Bit => flag_effects(&i),
                 Class::Nop
                 | Class::Lea
                 | Class::Push
@@ -326,6 +344,7 @@ impl Translator {
                 | Class::Cli
                 | Class::Sti
                 | Class::Rdtsc
+                | Class::Rdtscp
                 | Class::Jrcxz
                 | Class::Loop
                 | Class::Jmp
@@ -505,17 +524,18 @@ impl Translator {
             }
             Class::Rdtsc => {
                 self.clobber_flags(s.live_in);
-                self.asm.bytes(&[0x0f, 0x31]); // rdtsc
-                self.asm.shl(true, 2, 32);
-                self.asm.alu_reg(Alu::Or, 0, 2);
-                self.asm.alu_load(Alu::Add, 0, CPU, offset_of!(Cpu, tsc_offset) as i32);
-                self.asm.mov(2, 0);
-                self.asm.shr(2, 32);
-                self.asm.mov32(0, 0);
+                self.rdtsc();
             }
+            Class::Rdtscp => {
+                self.clobber_flags(s.live_in);
+                self.asm.bytes(&[0x0f, 0xae, 0xe8]); // lfence: everything before has executed
+                self.rdtsc();
+                self.asm.load32(1, CPU, TSC_AUX);
+            }
+            Class::Bit => self.bit(s),
             Class::Pushf => self.pushf(),
-            Class::Interpret => self.call_interpreter(i.ip(), i.next_ip()),
-            Class::InterpretEnd => self.call_interpreter(i.ip(), 0),
+            Class::Interpret => self.call_interpreter(i, i.next_ip()),
+            Class::InterpretEnd => self.call_interpreter(i, 0),
             Class::InterpretFpu => self.leave_at(i.ip(), leave::INTERPRET),
             Class::Careful => self.leave_at(i.ip(), leave::CAREFUL),
             Class::Hlt => self.leave_at(i.ip(), leave::INTERPRET),
@@ -614,12 +634,7 @@ impl Translator {
             }
         }
         if memory {
-            i.set_memory_base(R64[S0 as usize]);
-            i.set_memory_index(Register::None);
-            i.set_memory_index_scale(1);
-            i.set_memory_displacement64(0);
-            i.set_memory_displ_size(0);
-            i.set_segment_prefix(Register::None);
+            memory_at_s0(&mut i);
         }
         self.want_flags(s);
         // Registers.
@@ -872,6 +887,56 @@ impl Translator {
         self.asm.lea(GSP, GSP, -8);
     }
 
+    /// Guest TSC to EDX:EAX. Destroys flags.
+    fn rdtsc(&mut self) {
+        self.asm.bytes(&[0x0f, 0x31]);
+        self.asm.shl(true, 2, 32);
+        self.asm.alu_reg(Alu::Or, 0, 2);
+        self.asm.alu_load(Alu::Add, 0, CPU, offset_of!(Cpu, tsc_offset) as i32);
+        self.asm.mov(2, 0);
+        self.asm.shr(2, 32);
+        self.asm.mov32(0, 0);
+    }
+
+    /// BT, BTS, BTR, BTC with a bit offset in a register, which reaches beyond the operand in memory.
+    fn bit(&mut self, s: &Step) {
+        let mut i = s.i;
+        let others = s.live_out & !RflagsBits::CF;
+        self.clobber_flags(others);
+        let register = i.op1_register();
+        let guest = register.full_register().number();
+        let size = register.size();
+        self.address(&i);
+        // S1 = the signed offset in whole operands.
+        let load = |t: &mut Self| match home(guest) {
+            Some(h) if size == 8 => t.asm.mov(S1, h),
+            Some(h) => t.asm.movsxd(S1, h),
+            None if size == 8 => t.asm.load(S1, CPU, gpr(guest)),
+            None => t.asm.movsxd_load(S1, CPU, gpr(guest)),
+        };
+        load(self);
+        let (log, bytes_log) = if size == 8 { (6, 3) } else { (5, 2) };
+        self.asm.sar(S1, log);
+        self.asm.lea_full(true, S0, Some(S0), Some((S1, bytes_log)), 0);
+        self.probe(size, i.mnemonic() != Mnemonic::Bt);
+        load(self);
+        self.asm.alu_imm(Alu::And, false, S1, size as i32 * 8 - 1);
+        memory_at_s0(&mut i);
+        i.set_op_register(1, resized(S1, register));
+        self.encode(&i);
+        if others != 0 {
+            // The other flags are saved, with CF in bit 0 of what LAHF gave.
+            self.asm.bytes(&[0x40, 0x0f, 0x92, 0xc0 | S1]); // setc sil
+            self.asm.load_u8(S0, CPU, FLAGS + 1);
+            self.asm.alu_imm(Alu::And, false, S0, 0xfe);
+            self.asm.alu_reg8_or(S0, S1);
+            self.asm.store8(S0, CPU, FLAGS + 1);
+            (self.host_flags, self.saved_flags) = (false, true);
+        } else {
+            (self.host_flags, self.saved_flags) = (true, false);
+        }
+    }
+
     fn pushf(&mut self) {
         if self.host_flags {
             self.save_flags();
@@ -972,15 +1037,20 @@ impl Translator {
         self.call_thunk(Thunk::Indirect);
     }
 
-    /// Hand the instruction at `ip` to the interpreter.
-    ///
-    /// `next`: where the block goes on, or 0 if it ends.
-    fn call_interpreter(&mut self, ip: u64, next: u64) {
+    /// Flags to `Cpu::flags_saved`, where helpers expect them.
+    fn save_for_call(&mut self) {
         if self.host_flags {
             self.save_flags();
         }
         (self.host_flags, self.saved_flags) = (false, true);
-        self.asm.mov_imm(S0, ip);
+    }
+
+    /// Hand an instruction to the interpreter. `next`: where the block goes on, or 0 if it ends.
+    fn call_interpreter(&mut self, i: &Instruction, next: u64) {
+        self.save_for_call();
+        let decoded = Box::new(Decoded { instruction: *i, bytes: self.bytes });
+        self.asm.mov_imm(S0, &raw const *decoded as u64);
+        self.out.decoded.push(decoded);
         self.asm.mov_imm(S1, next);
         self.call_thunk(Thunk::Interpret);
         if next == 0 {
@@ -1044,6 +1114,16 @@ impl Translator {
         // Stub entries are appended behind the body's and have larger offsets than any `back`.
         self.out.map[body - 1].1
     }
+}
+
+/// Make the memory operand `[S0]`.
+fn memory_at_s0(i: &mut Instruction) {
+    i.set_memory_base(R64[S0 as usize]);
+    i.set_memory_index(Register::None);
+    i.set_memory_index_scale(1);
+    i.set_memory_displacement64(0);
+    i.set_memory_displ_size(0);
+    i.set_segment_prefix(Register::None);
 }
 
 fn is_high_byte(r: Register) -> bool {

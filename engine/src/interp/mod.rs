@@ -111,19 +111,26 @@ pub fn step_integer(v: &mut Vcpu) -> Res<()> {
 }
 
 fn one(v: &mut Vcpu, fpu: bool) -> Res<()> {
+    let (i, bytes) = decode(v)?;
+    perform(v, &i, &bytes, fpu)
+}
+
+/// `step_integer` of an instruction that was decoded before.
+pub fn run_decoded(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15]) -> Res<()> {
+    perform(v, i, bytes, false)
+}
+
+fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()> {
     v.io.used = 0;
     let shadow = std::mem::take(&mut v.cpu.shadow);
     let trap = v.cpu.sysflags & rflags::TF != 0;
     let rip = v.cpu.rip;
-    let result = decode(v).and_then(|(i, bytes)| {
-        let next = i.next_ip();
-        execute(v, &i, &bytes, fpu).map(|done| (done, next))
-    });
-    match result {
-        Ok((done, next)) => {
+    match execute(v, i, bytes, fpu) {
+        Ok(done) => {
             v.io.done.clear();
             let exit = match done {
                 Done::Next => {
+                    let next = i.next_ip();
                     v.cpu.rip = if v.cpu.long64() { next } else { next & 0xffff_ffff };
                     None
                 }

@@ -102,7 +102,9 @@ class IrqChip:
                     message = self.ioapic.edge_message(pin)
                     messages += [message] if message else []
                 else:
-                    python |= not self.pic.masked(pin + 8 * (chip == x.KVM_IRQCHIP_PIC_SLAVE))
+                    # A masked input still latches its edge, for when it is unmasked; not so once the whole PIC is
+                    # retired in favour of the IOAPIC, which is the case that must be fast.
+                    python |= not self.pic.retired
             self._vm.set_route(gsi, messages, self.msis.get(gsi, []), python)
 
     def line(self, gsi: int, level: int) -> None:

@@ -23,6 +23,7 @@ _1_EDX = _bits(0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24
 _7_EBX = _bits(0, 1, 3, 5, 6, 7, 8, 9, 13, 18, 19, 20, 23, 29)
 _7_ECX = _bits(2)  # UMIP
 _7_EDX = _bits(4)  # FSRM
+_ALWAYS_7_EDX = _bits(29)  # ARCH_CAPABILITIES: the MSR says which weaknesses the host's kernel rules out
 _80000001_ECX = _bits(0, 5, 8)  # LAHF LZCNT PREFETCHW
 _80000001_EDX = _bits(11, 20, 26, 27, 29)  # SYSCALL NX 1G-pages RDTSCP LM
 # Offered whatever the host has: the engine's own.
@@ -74,7 +75,7 @@ def get_supported_cpuid() -> list[x86.kvm_cpuid_entry2]:
             break
     add(6, _bits(2), 0, 0, 0)  # ARAT
     _, ebx, ecx, edx = host(7, 0)
-    add(7, 0, ebx & _7_EBX | _ALWAYS_7_EBX, ecx & _7_ECX | _ALWAYS_7_ECX, edx & _7_EDX, 0)
+    add(7, 0, ebx & _7_EBX | _ALWAYS_7_EBX, ecx & _7_ECX | _ALWAYS_7_ECX, edx & _7_EDX | _ALWAYS_7_EDX, 0)
     for index in range(2):
         add(0xB, 0, 0, index, 0, index)
     add(0xD, 7, _XSAVE_BYTES, _XSAVE_BYTES, 0, 0)

@@ -208,12 +208,10 @@ class Pic:
         self.chips[line >> 3].set_irq(line & 7, level)
         self.update()
 
-    def masked(self, line: int) -> bool:
-        """Whether input `line` cannot raise INTR."""
-        master, slave = self.chips
-        return (
-            bool(slave.imr & 1 << line - 8 or master.imr & 4) if line >= 8 else bool(master.imr & 1 << line)
-        )
+    @property
+    def retired(self) -> bool:
+        """Whether every input of the master, and with it the slave, is masked."""
+        return self.chips[0].imr == 0xFF
 
     def acknowledge(self) -> int:
         """Acknowledge cycle: the vector. Input 7 answers if the request went away (spurious)."""
