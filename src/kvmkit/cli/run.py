@@ -69,7 +69,7 @@ def run(
 ) -> None:
     """Boot a Linux and run COMMAND in it, or use its console.
 
-    With COMMAND (after --), the default guest boots, runs it as root, and its output and exit status become kvmkit's. Without,
+    With COMMAND (after --), the default guest boots (on your kernel with --kernel), runs it as root, and its output and exit status become kvmkit's. Without,
     on a terminal, you are on the guest's console: Ctrl-A x ends it, Ctrl-A Ctrl-A types Ctrl-A. Else the console goes to
     stdout byte by byte until the guest powers off or resets.
 
@@ -86,6 +86,7 @@ def run(
     config = MachineConfig(engine, kernel, initrd, append, memory, command, output_fd=1)
     with ExitStack() as stack:
         if interactive:
+            click.echo("The guest's console. Ctrl-A x ends it.", err=True)
             reading, typed = os.pipe()
             stack.callback(os.close, reading)
             config = MachineConfig(engine, kernel, initrd, append, memory, output_fd=1, input_fd=reading)
@@ -97,7 +98,6 @@ def run(
             if verbose:
                 click.echo(f"engine: {vm.engine} ({vm.engine_reason})\ncommand line: {vm.cmdline}", err=True)
             if interactive:
-                click.echo("Ctrl-A x ends.", err=True)
                 stack.enter_context(raw_terminal(0))
                 threading.Thread(target=_type, args=(typed, vm), daemon=True).start()
             end = vm.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))

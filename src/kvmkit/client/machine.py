@@ -33,7 +33,7 @@ class MachineConfig:
     """Added to the kernel's command line."""
     memory_bytes: int = 256 << 20
     command: tuple[str, ...] = ()
-    """A command to run in the default guest; the console then carries its output alone."""
+    """A command to run in the default guest, on `kernel` if given; the console then carries its output alone."""
     output_fd: int | None = None
     """Where the serial console's output goes; duplicated, so that it may be closed. None drops it."""
     input_fd: int | None = None

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from kvmkit.kvm import Kvm, Vcpu
+from kvmkit.machine.guest import fetch_default_guest
 from kvmkit.vmm.config import VmConfig
 from kvmkit.vmm.ending import Ending, Reason
 from kvmkit.vmm.loop import Bus
@@ -22,6 +24,25 @@ class Booted:
     cmdline: str
 
 
+def kernel_cmdline(config: VmConfig) -> str:
+    """The kernel's command line: the console, a reset instead of a hang on a panic, and what the user adds."""
+    parts = ["console=ttyS0", "panic=-1"]
+    if config.command:
+        parts.append("quiet")  # the command's output shares the console
+    if config.append:
+        parts.append(config.append)
+    return " ".join(parts)
+
+
+def files(config: VmConfig, progress: Callable[[str], None]) -> tuple[Path, bytes]:
+    """The kernel's path and the initramfs, those of the default guest where the configuration names none."""
+    if config.kernel and not config.command:
+        return Path(config.kernel), Path(config.initrd).read_bytes() if config.initrd else b""
+    guest = fetch_default_guest(progress)
+    kernel = Path(config.kernel) if config.kernel else guest.kernel.vmlinux
+    return kernel, Path(config.initrd).read_bytes() if config.initrd else guest.initramfs(config.command)
+
+
 @contextmanager
 def build(
     system: Kvm,
@@ -31,6 +52,8 @@ def build(
     progress: Callable[[str], None],
 ) -> Iterator[Booted]:
     """Build the board and load the kernel; `ValueError` or `OSError` says what is wrong with the files."""
+    kernel, initrd = files(config, progress)
+    cmdline = kernel_cmdline(config)
     board_module: Any = import_module("kvmkit.machine.x86.board")
     boot_module: Any = import_module("kvmkit.machine.x86.boot")
     with system.create_vm() as vm:
@@ -44,5 +67,5 @@ def build(
             on_power_off=lambda: ending.set(Reason.POWER_OFF),
             on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
         )
-        cmdline = boot_module.load_linux(board, config.kernel, config.initrd, config.append, progress)
+        boot_module.load_linux(board, kernel, initrd, cmdline)
         yield Booted(board.vcpus, board, board.serial_input, cmdline)

@@ -39,8 +39,8 @@ class VmConfig:
                 f"memory of {config.memory_bytes} bytes: whole pages from {MIN_MEMORY_BYTES >> 20} MiB "
                 f"to {MAX_MEMORY_BYTES >> 30} GiB"
             )
-        if config.command and (config.kernel or config.initrd):
+        if config.command and config.initrd:
             raise ValueError(
-                "a command runs in the default guest: give either a command or a kernel and initrd"
+                "a command runs in the default guest's initrd: give either a command or an initrd"
             )
         return config

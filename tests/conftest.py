@@ -1,0 +1,44 @@
+"""What tests of machines share: the engines that can be used here, and tiny kernels."""
+
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+
+import kvmkit.kvm
+from kvmkit.testing.kernel import assemble_kernel
+
+
+@pytest.fixture(params=["kvm", "soft"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine that can be used here, as the command line names it."""
+    name: str = request.param
+    if name == "soft" and find_spec("kvmkit._engine") is None:
+        pytest.skip("soft: the native module kvmkit._engine isn't built")
+    if find_spec("kvmkit.machine.x86.board") is None:
+        pytest.skip("there is no board yet")
+    if name == "kvm":
+        try:
+            kvmkit.kvm.open(name).close()
+        except OSError as error:
+            pytest.skip(f"kvm: {error.strerror}")
+    return name
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A function that makes a kernel of assembly (see `kvmkit.testing.kernel`) and returns its path."""
+    if not (shutil.which("as") and shutil.which("ld")):
+        pytest.skip("GNU binutils (as, ld) aren't installed")
+    directory = tmp_path_factory.mktemp("kernels")
+    made: dict[str, str] = {}
+
+    def make(code: str) -> str:
+        if code not in made:
+            path = directory / f"kernel{len(made)}"
+            path.write_bytes(assemble_kernel(code))
+            made[code] = str(path)
+        return made[code]
+
+    return make
