@@ -4,7 +4,7 @@
 //! CR3 switches. The cache is one memfd seen twice, once writable and once executable; space is handed out
 //! in order and taken back all at once.
 
-use crate::cpu::{Cpu, TLB_INVALID, mmu_mode};
+use crate::cpu::{Cpu, mmu_mode, tlb_invalid};
 use crate::jumps::{JUMP_ENTRIES, JumpEntry, Jumps, LINKS};
 use crate::mem::CodePages;
 use crate::thunks;
@@ -417,9 +417,9 @@ fn page_granules(page: u64, first: u64, last: u64) -> u64 {
 /// Inside `Vm::exclusive`: no vCPU may write to `page` by its TLB any more.
 pub fn revoke_writes(cpu: &mut Cpu, page: u64) {
     for table in &mut cpu.tlb {
-        for e in table {
+        for (i, e) in table.iter_mut().enumerate() {
             if e.gpa & !0xfff == page {
-                e.write = TLB_INVALID;
+                e.write = tlb_invalid(i);
             }
         }
     }

@@ -107,9 +107,8 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
             }
         }
         Bt | Bts | Btr | Btc => Class::Plain,
-        Nop | Endbr64 | Endbr32 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch => {
-            Class::Nop
-        }
+        Nop | Reservednop | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Cldemote | Prefetchnta | Prefetcht0 | Prefetcht1
+        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetch => Class::Nop,
         Lea => Class::Lea,
         Push => match i.code() {
             Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Class::Push,

@@ -42,6 +42,8 @@ pub mod rflags {
     pub const VIF: u64 = 1 << 19;
     pub const VIP: u64 = 1 << 20;
     pub const ID: u64 = 1 << 21;
+    /// Every bit that is not reserved (bits 1, 3, 5, 15 and from 22 up are).
+    pub const DEFINED: u64 = 0x3f_7fd5;
     /// The flags that instructions compute; in translated code they live in the host's EFLAGS.
     pub const ARITH: u64 = CF | PF | AF | ZF | SF | OF;
 }
@@ -89,6 +91,13 @@ pub mod efer {
     pub const NXE: u64 = 1 << 11;
 }
 
+/// Interrupt shadows, numbered as KVM_X86_SHADOW_INT_* are.
+pub mod shadow {
+    /// After MOV or POP SS: debug traps wait, too.
+    pub const MOV_SS: u8 = 1;
+    pub const STI: u8 = 2;
+}
+
 /// A segment register: the selector and the cached descriptor.
 #[derive(Clone, Copy, Default, Debug)]
 #[repr(C)]
@@ -127,14 +136,17 @@ pub struct Table {
 
 /// Entries of one software TLB; a power of two.
 pub const TLB_ENTRIES: usize = 1024;
-/// Tag of an invalid entry: no linear address minus this is a small page offset.
-pub const TLB_INVALID: u64 = 1 << 63 | 1 << 62 >> 1;
+/// Tag of TLB entry `index` while it is invalid: a page that another entry is for. A lookup subtracts the tag
+/// from an address that the guest is free to choose, so no one value would do for all entries.
+pub const fn tlb_invalid(index: usize) -> u64 {
+    ((index ^ 1) << 12) as u64
+}
 
 /// One translation, of the 4 KiB page whose linear address is in the tag.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
 pub struct TlbEntry {
-    /// The page's linear address if reads through this entry are allowed, else `TLB_INVALID`.
+    /// The page's linear address if reads through this entry are allowed, else `tlb_invalid`.
     pub read: u64,
     /// The same for writes (dirty bit set, no code in the page, no dirty logging pending).
     pub write: u64,
@@ -144,6 +156,13 @@ pub struct TlbEntry {
     pub gpa: u64,
 }
 pub const TLB_GLOBAL: u64 = 1;
+
+impl TlbEntry {
+    /// What place `index` of a TLB holds when it holds nothing.
+    pub const fn empty(index: usize) -> Self {
+        Self { read: tlb_invalid(index), write: tlb_invalid(index), host: 0, gpa: 0 }
+    }
+}
 
 /// Which TLB an access uses; also part of a block's key.
 pub mod mmu_mode {
@@ -166,7 +185,7 @@ pub struct Cpu {
     /// An interrupt waits for IF; `sti` copies this to `poll[1]`.
     pub irq_waiting: u8,
     pub cpl: u8,
-    /// Interrupts are held off for one instruction (after STI or MOV SS).
+    /// What holds interrupts off until after the next instruction, `shadow::*`; 0 if nothing does.
     pub shadow: u8,
     /// Arithmetic flags saved by translated code: LAHF's AH in bits 8–15, SETO's byte in bits 0–7.
     pub flags_saved: u64,
@@ -276,7 +295,7 @@ impl Cpu {
     pub fn set_rflags(&mut self, value: u64) {
         self.aflags = value & rflags::ARITH;
         self.iflag = (value >> 9 & 1) as u8;
-        self.sysflags = value & !(rflags::ARITH | rflags::IF | 2) & 0x3f_ffff;
+        self.sysflags = value & rflags::DEFINED & !(rflags::ARITH | rflags::IF);
     }
     /// 64-bit code: long mode active and CS.L.
     pub fn long64(&self) -> bool {
@@ -459,8 +478,8 @@ impl CpuBox {
         let mut this = Self { map, len, cpu };
         this.jumps.init();
         for table in this.tlb.iter_mut() {
-            for e in table.iter_mut() {
-                (e.read, e.write) = (TLB_INVALID, TLB_INVALID);
+            for (i, e) in table.iter_mut().enumerate() {
+                *e = TlbEntry::empty(i);
             }
         }
         Ok(this)
@@ -499,7 +518,7 @@ pub struct Vcpu {
     pub slots: Arc<Slots>,
     pub cpuid: Vec<CpuidEntry>,
     pub io: IoState,
-    /// Exception, NMI or interrupt being delivered when an exit cut the delivery short.
+    /// The single-step trap of an instruction that left for user space: delivered on re-entry.
     pub injected: Option<Exception>,
     pub nmi_masked: bool,
     /// Mode of the block being executed.

@@ -1,7 +1,7 @@
 //! Delivery of exceptions and interrupts through the IVT or IDT (Intel SDM volume 3, chapter 6).
 
 use crate::access;
-use crate::cpu::{CS, Cpu, Exception, Exit, RSP, Res, SS, Seg, Stop, Vcpu, efer, mmu_mode, rflags};
+use crate::cpu::{CS, Cpu, Exception, Exit, IoState, RSP, Res, SS, Seg, Stop, Vcpu, efer, mmu_mode, rflags};
 use crate::mmu::is_canonical;
 use crate::segment::{
     Descriptor, GP, NP, SS_FAULT, TS, is_real, read_descriptor, set_cs, set_descriptor_bits, unsupported,
@@ -23,6 +23,7 @@ fn is_fault(e: &Exception) -> bool {
 /// Deliver `e`: afterwards rip is in its handler. Exceptions on the way become a double fault, and a
 /// third one `Exit::Shutdown`.
 pub fn deliver(v: &mut Vcpu, mut e: Exception) -> Res<()> {
+    v.halted = false;
     loop {
         if e.vector == PF {
             v.cpu.cr2 = e.payload;
@@ -44,8 +45,22 @@ pub fn deliver(v: &mut Vcpu, mut e: Exception) -> Res<()> {
                 }
                 e = if double { Exception::with_error(DF, 0) } else { second };
             }
-            other => return other,
+            Err(stop) => return Err(no_device(v, stop, e.vector)),
+            Ok(()) => return Ok(()),
         }
+    }
+}
+
+/// Descriptor tables and stacks lie in memory: a delivery cannot wait for a device's answer (KVM ends with
+/// KVM_INTERNAL_ERROR_DELIVERY_EV there).
+fn no_device(v: &mut Vcpu, stop: Stop, vector: u8) -> Stop {
+    match stop {
+        Stop::Exit(Exit::Mmio { gpa, .. }) => {
+            v.io = IoState::default();
+            let what = format!("vector {vector} cannot be delivered: its tables or stack are at {gpa:#x}, not memory");
+            Exit::InternalError(what).into()
+        }
+        other => other,
     }
 }
 
@@ -57,20 +72,31 @@ pub fn deliver_software(v: &mut Vcpu, e: Exception, rip: u64) -> Res<()> {
     if result.is_err() && v.cpu.rip == next {
         v.cpu.rip = rip;
     }
-    result
+    result.map_err(|stop| no_device(v, stop, e.vector))
 }
 
 /// Deliver an external interrupt or NMI.
 pub fn deliver_interrupt(v: &mut Vcpu, vector: u8) -> Res<()> {
     match through_gate(v, vector, None, false, 0) {
         Err(Stop::Exception(e)) => deliver(v, e),
-        other => other,
+        Err(stop) => Err(no_device(v, stop, vector)),
+        Ok(()) => Ok(()),
     }
 }
 
 /// Selector error code of a fault during delivery: EXT is set unless a software interrupt caused it.
 fn table_error(vector: u8, software: bool) -> u32 {
     (vector as u32) << 3 | 2 | !software as u32
+}
+
+/// Add EXT to the error code of a fault that a descriptor or stack caused.
+fn external(stop: Stop, ext: u32) -> Stop {
+    match stop {
+        Stop::Exception(Exception { vector: vector @ TS..=GP, error: Some(error), .. }) => {
+            Exception::with_error(vector, error | ext).into()
+        }
+        other => other,
+    }
 }
 
 fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf: u64) -> Res<()> {
@@ -109,7 +135,7 @@ fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf
     if sel & 0xfffc == 0 {
         return Err(Exception::with_error(GP, ext).into());
     }
-    let code = read_descriptor(v, sel, GP)?;
+    let code = read_descriptor(v, sel, GP).map_err(|stop| external(stop, ext))?;
     if !code.is_code() || code.dpl() > v.cpu.cpl || (long && (code.attr() & Seg::L == 0 || code.attr() & Seg::DB != 0))
     {
         return Err(gp(sel).into());
@@ -120,11 +146,12 @@ fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf
     let offset = low & 0xffff | low >> 48 << 16 | high << 32;
     let cpl = if code.is_conforming() { v.cpu.cpl } else { code.dpl() };
     let interrupt_gate = kind & 1 == 0;
-    if long {
-        long_mode(v, offset, sel, code, cpl, (low >> 32 & 7) as u8, error, rf)?;
+    let entry = if long {
+        long_mode(v, offset, sel, code, cpl, (low >> 32 & 7) as u8, error, rf)
     } else {
-        protected(v, offset, sel, code, cpl, kind, error, rf)?;
-    }
+        protected(v, offset, sel, code, cpl, kind, error, rf)
+    };
+    entry.map_err(|stop| external(stop, ext))?;
     entered(&mut v.cpu, interrupt_gate);
     Ok(())
 }

@@ -172,6 +172,9 @@ pub fn iret(v: &mut Vcpu, size: usize) -> Res<()> {
     let sel = peek(v, 1, size)? as u16;
     let flags = peek(v, 2, size)?;
     v.nmi_masked = false;
+    if v.nmi_pending {
+        v.cpu.poll[1] = 1;
+    }
     if is_real(&v.cpu) {
         real_target(v, sel, offset)?;
         let keep = if size == 2 { !0xffff } else { rflags::VM | rflags::VIF | rflags::VIP };

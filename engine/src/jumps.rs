@@ -17,7 +17,7 @@ const LOG: usize = 4096;
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub struct JumpEntry {
-    /// Target rip; `u64::MAX` when empty.
+    /// Target rip; when empty, one that another entry is for (a guest may jump anywhere).
     pub rip: u64,
     /// Host address of the block's entry with flags saved.
     pub host: u64,
@@ -35,7 +35,9 @@ pub struct Jumps {
     log: [u32; LOG],
 }
 
-const EMPTY: JumpEntry = JumpEntry { rip: u64::MAX, host: 0 };
+const fn empty(index: usize) -> JumpEntry {
+    JumpEntry { rip: (index ^ 1) as u64, host: 0 }
+}
 
 impl Jumps {
     pub fn init(&mut self) {
@@ -72,7 +74,9 @@ impl Jumps {
     /// Forget every target. Any change of what code an address means, other than by CR3.
     pub fn clear(&mut self) {
         for table in self.table.iter_mut() {
-            table.fill(EMPTY);
+            for (i, e) in table.iter_mut().enumerate() {
+                *e = empty(i);
+            }
         }
         let (low, high) = self.links.split_at_mut(LINKS / 2);
         low.fill(self.miss[0]);
@@ -87,7 +91,8 @@ impl Jumps {
         for i in 0..self.log_len {
             let place = self.log[i];
             if place >> 31 != 0 {
-                self.table[(place >> 24 & 3) as usize][place as usize & (JUMP_ENTRIES - 1)] = EMPTY;
+                let i = place as usize & (JUMP_ENTRIES - 1);
+                self.table[(place >> 24 & 3) as usize][i] = empty(i);
             } else {
                 self.links[place as usize] = self.miss[(place as usize >= LINKS / 2) as usize];
             }
@@ -97,7 +102,7 @@ impl Jumps {
     /// INVLPG: forget targets in the page of `la`. Link slots do not tell their targets; they go as a whole
     /// if the page may hold code.
     pub fn clear_page(&mut self, la: u64, code: bool) {
-        if code || self.table.iter().flatten().any(|e| e.rip >> 12 == la >> 12) {
+        if code || self.table.iter().flatten().any(|e| e.host != 0 && e.rip >> 12 == la >> 12) {
             self.clear();
         }
     }

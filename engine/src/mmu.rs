@@ -8,7 +8,7 @@
 //! access in question, so translated code always comes here for those.
 
 use crate::cpu::{
-    Cpu, Exception, Res, Stop, TLB_ENTRIES, TLB_GLOBAL, TLB_INVALID, TlbEntry, Vcpu, cr0, cr4, efer, mmu_mode,
+    Cpu, Exception, Res, Stop, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, Vcpu, cr0, cr4, efer, mmu_mode, tlb_invalid,
 };
 use crate::mem::{LOG_DIRTY, READONLY, Slots};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -25,7 +25,7 @@ const NX: u64 = 1 << 63;
 
 /// Physical address bits that the CPUID table offers.
 pub const PHYSICAL_BITS: u32 = 46;
-const ADDRESS: u64 = (1 << PHYSICAL_BITS) - 1 & !0xfff;
+const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff;
 
 /// #PF error code.
 mod error {
@@ -175,7 +175,7 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
                 reserved |= PS;
             }
             if leaf && level > 1 {
-                reserved |= (1 << shift) - 1 & !0x1fff; // bit 12 is PAT
+                reserved |= ((1 << shift) - 1) & !0x1fff; // bit 12 is PAT
             }
             if pdpte {
                 reserved |= NX;
@@ -288,10 +288,11 @@ pub fn fill(vcpu: &mut Vcpu, la: u64, write: bool, mode: usize) -> Res<Option<Tl
     if write && !direct {
         return Ok(None);
     }
+    debug_assert!(slot.size - (page.gpa - slot.gpa) >= 4096, "a TLB entry beyond its slot");
     let linear = la & !0xfff;
     let entry = TlbEntry {
         read: linear,
-        write: if page.writable && direct { linear } else { TLB_INVALID },
+        write: if page.writable && direct { linear } else { tlb_invalid(index(la)) },
         host: slot.hva + (page.gpa - slot.gpa),
         gpa: page.gpa | if page.global { TLB_GLOBAL } else { 0 },
     };
@@ -381,12 +382,12 @@ pub fn fetch_page(vcpu: &mut Vcpu, la: u64) -> Res<Fetch> {
     Ok(fetch)
 }
 
-const EMPTY: TlbEntry = TlbEntry { read: TLB_INVALID, write: TLB_INVALID, host: 0, gpa: 0 };
-
 /// Drop every translation of data and jumps.
 pub fn clear(cpu: &mut Cpu) {
     for table in &mut cpu.tlb {
-        table.fill(EMPTY);
+        for (i, e) in table.iter_mut().enumerate() {
+            *e = TlbEntry::empty(i);
+        }
     }
     cpu.jumps.clear();
 }
@@ -402,18 +403,19 @@ pub fn flush_all(vcpu: &mut Vcpu) {
 pub fn flush_non_global(vcpu: &mut Vcpu) {
     if vcpu.log.len > FillLog::CAPACITY {
         for table in &mut vcpu.cpu.tlb {
-            for e in table {
+            for (i, e) in table.iter_mut().enumerate() {
                 if e.gpa & TLB_GLOBAL == 0 {
-                    *e = EMPTY;
+                    *e = TlbEntry::empty(i);
                 }
             }
         }
     } else {
         for n in 0..vcpu.log.len {
             let place = vcpu.log.places[n] as usize;
-            let e = &mut vcpu.cpu.tlb[place / TLB_ENTRIES][place % TLB_ENTRIES];
+            let i = place % TLB_ENTRIES;
+            let e = &mut vcpu.cpu.tlb[place / TLB_ENTRIES][i];
             if e.gpa & TLB_GLOBAL == 0 {
-                *e = EMPTY;
+                *e = TlbEntry::empty(i);
             }
         }
     }
@@ -425,7 +427,7 @@ pub fn flush_non_global(vcpu: &mut Vcpu) {
 /// INVLPG.
 pub fn flush_page(vcpu: &mut Vcpu, la: u64) {
     for table in &mut vcpu.cpu.tlb {
-        table[index(la)] = EMPTY;
+        table[index(la)] = TlbEntry::empty(index(la));
     }
     let number = la >> 12;
     let mut code = false;

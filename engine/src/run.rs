@@ -129,6 +129,11 @@ fn inject(v: &mut Vcpu) -> Option<Exit> {
             _ => None,
         }
     };
+    if let Some(e) = v.injected.take()
+        && let Err(Stop::Exit(exit)) = exception::deliver(v, e)
+    {
+        return Some(exit);
+    }
     if v.cpu.shadow != 0 {
         // Not before the next instruction.
         v.cpu.poll[1] = 1;

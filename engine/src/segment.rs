@@ -256,7 +256,8 @@ pub fn linear(cpu: &Cpu, index: usize, offset: u64, len: u64, write: bool) -> Re
     if !is_real_or_v86(cpu) {
         let kind = s.attr as u8 & 0x1f;
         let code = kind & 8 != 0;
-        if s.unusable || (write && (code || kind & 2 == 0)) || (!write && code && kind & 2 == 0) {
+        // Bit 1: data that may be written, code that may be read.
+        if s.unusable || (write && code) || (kind & 2 == 0 && (write || code)) {
             return Err(bad);
         }
         if !code && kind & 4 != 0 {

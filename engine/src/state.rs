@@ -1,7 +1,7 @@
 //! A vCPU's state in the layouts of the kernel's UAPI (`struct kvm_regs` and so on, arch/x86/include/uapi/asm/kvm.h),
 //! as bytes.
 
-use crate::cpu::{CS, Cpu, DS, ES, FS, GS, SS, Seg, Table, Vcpu, cr0, cr4, efer};
+use crate::cpu::{CS, Cpu, DS, ES, FS, GS, SS, Seg, Table, Vcpu, cr0, cr4, efer, shadow};
 use crate::mmu;
 use crate::vm::request;
 
@@ -171,8 +171,7 @@ pub fn get_events(v: &Vcpu) -> [u8; EVENTS_BYTES] {
     if let Some(vector) = v.user_irq {
         (b[8], b[9]) = (1, vector);
     }
-    // KVM_X86_SHADOW_INT_STI stands for either kind.
-    b[11] = if v.cpu.shadow != 0 { 2 } else { 0 };
+    b[11] = v.cpu.shadow;
     b[13] = v.nmi_pending as u8;
     b[14] = v.nmi_masked as u8;
     // KVM_VCPUEVENT_VALID_NMI_PENDING | _SHADOW
@@ -183,7 +182,7 @@ pub fn get_events(v: &Vcpu) -> [u8; EVENTS_BYTES] {
 pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) {
     v.user_irq = (b[8] != 0).then_some(b[9]);
     if b[20] & 4 != 0 {
-        v.cpu.shadow = (b[11] != 0) as u8;
+        v.cpu.shadow = b[11] & (shadow::MOV_SS | shadow::STI);
     }
     if b[20] & 1 != 0 {
         v.nmi_pending = b[13] != 0;

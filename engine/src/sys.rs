@@ -1,7 +1,9 @@
 //! System instructions: control registers, MSRs, CPUID, time, flags, ports.
 
 use crate::access;
-use crate::cpu::{CS, Cpu, Exception, Exit, GS, RAX, RBX, RCX, RDX, Res, Vcpu, cr0, cr4, efer, mmu_mode, rflags};
+use crate::cpu::{
+    CS, Cpu, Exception, Exit, GS, RAX, RBX, RCX, RDX, Res, Vcpu, cr0, cr4, efer, mmu_mode, rflags, shadow,
+};
 use crate::mmu::{self, PHYSICAL_BITS, is_canonical};
 
 /// Features that the interpreter itself must know of, by CPUID leaf: (function, index, register, bit).
@@ -328,7 +330,7 @@ pub fn sti(v: &mut Vcpu) -> Res<()> {
     interrupt_flag_allowed(v)?;
     if v.cpu.iflag == 0 {
         v.cpu.iflag = 1;
-        v.cpu.shadow = 1;
+        v.cpu.shadow = shadow::STI;
     }
     reconsider_interrupts(&mut v.cpu);
     Ok(())

@@ -310,3 +310,15 @@ fn random_code_runs_as_on_the_host() {
         run_case(&mut v, seed, 1 + (seed % 24) as usize);
     }
 }
+
+/// The same through the interpreter alone.
+#[test]
+fn random_code_is_interpreted_as_on_the_host() {
+    let _guard = LOCK.lock();
+    let mut v = machine();
+    v.interpret_only = true;
+    let first = number("KVMKIT_SEED", 1);
+    for seed in first..first + number("KVMKIT_CASES", 3000) {
+        run_case(&mut v, seed, 1 + (seed % 24) as usize);
+    }
+}

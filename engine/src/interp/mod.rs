@@ -6,19 +6,22 @@
 //! set, so an ADD is re-encoded with its operands in host registers or a buffer, and run (`careful`): flags
 //! and corner cases are the processor's own, in every mode.
 
+mod decimal;
 mod fpu;
 mod string;
 
 use crate::access;
 use crate::careful;
 use crate::classify::{Class, Features, classify};
-use crate::cpu::{CS, Cpu, Exception, Exit, FS, GS, RAX, RBP, RCX, RDX, RSP, Res, SS, Stop, Vcpu, cr0, cr4, rflags};
+use crate::cpu::{
+    CS, Cpu, Exception, Exit, FS, GS, RAX, RBP, RCX, RDX, RSP, Res, SS, Stop, Vcpu, cr0, cr4, rflags, shadow,
+};
 use crate::far::{self, peek, push_all, set_rsp, stack_mask};
 use crate::helpers::polled;
 use crate::mmu;
 use crate::segment::{self, Inspect};
 use crate::sys;
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// What an instruction did, when it did not fail.
@@ -58,12 +61,17 @@ pub(crate) fn decode(v: &mut Vcpu) -> Res<(Instruction, [u8; 15])> {
     }
     fetch(v, la, &mut bytes[..have])?;
     loop {
-        let i = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::NONE).decode();
+        let mut decoder = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::NONE);
+        let i = decoder.decode();
         if !i.is_invalid() {
             return Ok((i, bytes));
         }
-        if have == 15 {
+        if decoder.last_error() != DecoderError::NoMoreBytes {
             return Err(Exception::ud().into());
+        }
+        if have == 15 {
+            // No instruction is longer.
+            return Err(Exception::gp(0).into());
         }
         let more = la.wrapping_add(have as u64);
         if bits != 64 && rip + have as u64 > v.cpu.segs[CS].limit as u64 {
@@ -123,10 +131,10 @@ pub fn run_decoded(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15]) -> Res<()> {
 fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()> {
     v.io.used = 0;
     let shadow = std::mem::take(&mut v.cpu.shadow);
-    let trap = v.cpu.sysflags & rflags::TF != 0;
-    let rip = v.cpu.rip;
+    let stepping = v.cpu.sysflags & rflags::TF != 0;
     match execute(v, i, bytes, fpu) {
         Ok(done) => {
+            let trap = stepping_trap(v, i, &done, stepping);
             v.io.done.clear();
             let exit = match done {
                 Done::Next => {
@@ -137,12 +145,12 @@ fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()
                 Done::Jumped => None,
                 Done::Exit(exit) => Some(exit),
             };
-            if trap && v.cpu.rip != rip && shadow == 0 {
-                // Single step: the trap comes after the instruction; an exit first goes out.
-                if let Some(exit) = exit {
-                    return Err(exit.into());
-                }
-                return Err(Exception { payload: 1 << 14, ..Exception::new(1) }.into());
+            if trap {
+                let step = Exception { payload: 1 << 14, ..Exception::new(1) };
+                let Some(exit) = exit else { return Err(step.into()) };
+                v.injected = Some(step);
+                v.cpu.poll[1] = 1;
+                return Err(exit.into());
             }
             exit.map_or(Ok(()), |e| Err(e.into()))
         }
@@ -153,6 +161,20 @@ fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()
             Err(stop)
         }
     }
+}
+
+/// Whether a single-step trap follows the instruction that has just been executed; `stepping`: TF was set
+/// before it (Intel SDM volume 3, 18.3.1.4).
+fn stepping_trap(v: &Vcpu, i: &Instruction, done: &Done, stepping: bool) -> bool {
+    let tf = match i.mnemonic() {
+        // The gate cleared TF before a trap could come.
+        Mnemonic::Int | Mnemonic::Int3 | Mnemonic::Int1 => false,
+        Mnemonic::Into => stepping && matches!(done, Done::Next),
+        // IA32_FMASK decides.
+        Mnemonic::Syscall => v.cpu.sysflags & rflags::TF != 0,
+        _ => stepping,
+    };
+    tf && v.cpu.shadow & shadow::MOV_SS == 0
 }
 
 /// Value of a general-purpose register in its own width.
@@ -195,16 +217,9 @@ pub(crate) fn segment_index(r: Register) -> usize {
     }
 }
 
-/// Effective address of the memory operand, within its segment.
-pub(crate) fn effective(cpu: &Cpu, i: &Instruction) -> u64 {
-    let base = i.memory_base();
-    if matches!(base, Register::RIP | Register::EIP) {
-        return i.ip_rel_memory_address();
-    }
-    let index = i.memory_index();
-    let a = register(cpu, base)
-        .wrapping_add(register(cpu, index).wrapping_mul(i.memory_index_scale() as u64))
-        .wrapping_add(i.memory_displacement64());
+/// Mask of the instruction's address size.
+fn address_mask(i: &Instruction) -> u64 {
+    let (base, index) = (i.memory_base(), i.memory_index());
     let size = if base != Register::None {
         base.size()
     } else if index != Register::None && index.is_gpr() {
@@ -215,10 +230,23 @@ pub(crate) fn effective(cpu: &Cpu, i: &Instruction) -> u64 {
         8
     };
     match size {
-        2 => a & 0xffff,
-        4 => a & 0xffff_ffff,
-        _ => a,
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
     }
+}
+
+/// Effective address of the memory operand, within its segment.
+pub(crate) fn effective(cpu: &Cpu, i: &Instruction) -> u64 {
+    let base = i.memory_base();
+    if matches!(base, Register::RIP | Register::EIP) {
+        return i.ip_rel_memory_address();
+    }
+    let index = i.memory_index();
+    let a = register(cpu, base)
+        .wrapping_add(register(cpu, index).wrapping_mul(i.memory_index_scale() as u64))
+        .wrapping_add(i.memory_displacement64());
+    a & address_mask(i)
 }
 
 /// Linear address of the memory operand for an access of `len` bytes.
@@ -264,8 +292,8 @@ fn write_operand(v: &mut Vcpu, i: &Instruction, n: u32, size: usize, value: u64)
     }
 }
 
-/// Near-branch target: the operand cut to the operand size.
-fn branch(v: &mut Vcpu, target: u64, size: usize) -> Res<Done> {
+/// Near-branch target: the operand cut to the operand size; #GP(0) if no code can be there.
+fn checked_target(v: &Vcpu, target: u64, size: usize) -> Res<u64> {
     let target = match size {
         2 => target & 0xffff,
         4 => target & 0xffff_ffff,
@@ -278,7 +306,11 @@ fn branch(v: &mut Vcpu, target: u64, size: usize) -> Res<Done> {
     } else if target > v.cpu.segs[CS].limit as u64 {
         return Err(Exception::gp(0).into());
     }
-    v.cpu.rip = target;
+    Ok(target)
+}
+
+fn branch(v: &mut Vcpu, target: u64, size: usize) -> Res<Done> {
+    v.cpu.rip = checked_target(v, target, size)?;
     Ok(Done::Jumped)
 }
 
@@ -356,7 +388,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             let value = peek(v, 0, size)?;
             if i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register() {
                 segment::load(v, segment_index(i.op0_register()), value as u16)?;
-                v.cpu.shadow = (i.op0_register() == Register::SS) as u8;
+                v.cpu.shadow = if i.op0_register() == Register::SS { shadow::MOV_SS } else { 0 };
                 let sp = v.cpu.gpr[RSP].wrapping_add(size as u64);
                 set_rsp(v, sp);
             } else {
@@ -450,9 +482,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
                 _ => read_operand(v, i, 0, size)?,
             };
             if i.mnemonic() == Call {
-                if long && !mmu::is_canonical(target) {
-                    return Err(Exception::gp(0).into());
-                }
+                checked_target(v, target, size)?;
                 push_all(v, &[i.next_ip()], size)?;
             }
             return branch(v, target, size);
@@ -516,21 +546,29 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             };
             let count = register(&v.cpu, counter);
             let zero = v.cpu.aflags & rflags::ZF != 0;
+            let loops = !matches!(i.mnemonic(), Jcxz | Jecxz | Jrcxz);
             let taken = match i.mnemonic() {
                 Jcxz | Jecxz | Jrcxz => count == 0,
-                m => {
-                    set_register(&mut v.cpu, counter, count.wrapping_sub(1));
-                    register(&v.cpu, counter) != 0 && (m == Mnemonic::Loop || zero == (m == Loope))
-                }
+                m => count != 1 && (m == Mnemonic::Loop || zero == (m == Loope)),
             };
-            if taken {
-                return branch(v, i.near_branch_target(), near_size(i, 0));
+            let target = if taken { Some(checked_target(v, i.near_branch_target(), near_size(i, 0))?) } else { None };
+            if loops {
+                set_register(&mut v.cpu, counter, count.wrapping_sub(1));
+            }
+            if let Some(target) = target {
+                v.cpu.rip = target;
+                return Ok(Done::Jumped);
             }
         }
-        Int3 | Int1 | Int | Into => {
+        Int1 => {
+            // As the processor's own debug exceptions: no check of the gate's DPL, nothing new in DR6.
+            v.cpu.rip = i.next_ip();
+            crate::exception::deliver(v, Exception::new(1))?;
+            return Ok(Done::Jumped);
+        }
+        Int3 | Int | Into => {
             let vector = match i.mnemonic() {
                 Int3 => 3,
-                Int1 => 1,
                 Into => 4,
                 _ => i.immediate8(),
             };
@@ -569,7 +607,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             }
             let sel = read_operand(v, i, 1, 2)? as u16;
             segment::load(v, index, sel)?;
-            v.cpu.shadow = (index == SS) as u8;
+            v.cpu.shadow = if index == SS { shadow::MOV_SS } else { 0 };
         }
         Mov if i.op1_kind() == OpKind::Register && i.op1_register().is_segment_register() => {
             let sel = v.cpu.segs[segment_index(i.op1_register())].sel;
@@ -775,10 +813,32 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
                 _ => raw as i64,
             };
             let ea = effective(&v.cpu, i).wrapping_add((offset.div_euclid(bits) * size as i64) as u64);
+            let ea = ea & address_mask(i);
             let la = segment::linear(&v.cpu, segment_index(i.memory_segment()), ea, size as u64, i.mnemonic() != Bt)?;
             bit_in_memory(v, i.mnemonic(), la, size, offset.rem_euclid(bits) as u64)?;
         }
-        Nop | Endbr32 | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch => {}
+        // Hints, and what does nothing where control-flow enforcement and the like are not offered.
+        Nop | Reservednop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Cldemote | Prefetchnta | Prefetcht0 | Prefetcht1
+        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetch => {}
+        Rdpmc => return Err(Exception::gp(0).into()), // no counters
+        Aaa | Aas | Daa | Das | Aam | Aad | Salc => decimal::execute(v, i)?,
+        Bound => {
+            let size = i.op0_register().size();
+            let la = address(&v.cpu, i, 2 * size as u64, false)?;
+            let signed = |x: u64| if size == 2 { x as i16 as i64 } else { x as i32 as i64 };
+            let (low, high) = (signed(load(v, la, size)?), signed(load(v, la.wrapping_add(size as u64), size)?));
+            if !(low..=high).contains(&signed(register(&v.cpu, i.op0_register()))) {
+                return Err(Exception::new(5).into());
+            }
+        }
+        Arpl => {
+            segment::require_protected(v, 3)?;
+            let (to, from) = (read_operand(v, i, 0, 2)?, register(&v.cpu, i.op1_register()));
+            let lower = to & 3 < from & 3;
+            // The destination is written in any case, so that it faults in any case.
+            write_operand(v, i, 0, 2, if lower { to & !3 | from & 3 } else { to })?;
+            v.cpu.aflags = v.cpu.aflags & !rflags::ZF | if lower { rflags::ZF } else { 0 };
+        }
         Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
             if !fpu {
                 return Err(Stop::NotInterpreted);

@@ -1,0 +1,46 @@
+//! What a guest might try against the engine's own bookkeeping.
+
+mod common;
+use _engine::cpu::Exit;
+use common::*;
+
+/// Invalid entries of the TLB and the jump table must not answer to any address that code can form.
+#[test]
+fn invalid_entries_answer_to_nobody() {
+    // A page that reads but does not write, at an address whose TLB entry is that of the address tried; then a
+    // store to where an invalid entry might seem to be.
+    for interpret in [false, true] {
+        for address in [0xa000_0000_0000_0000u64, 0x8000_0000_0000_0000, 0x8000_0000_0000_1000] {
+            let mut m = Machine::new(4 << 20);
+            m.v.interpret_only = interpret;
+            m.long_mode();
+            // PD entry 1: 2 MiB at 0x200000, read-only.
+            m.write64(PML4 + 0x2000 + 8, 0x20_0000 | P | U | PS);
+            m.write64(0x20_0000, 0x1234);
+            m.user();
+            // mov rbx, [rcx]; mov [rax], rdx; hlt
+            (m.v.cpu.gpr[0], m.v.cpu.gpr[1], m.v.cpu.gpr[2]) = (address, 0x20_0000 | address & 0x1000, 0x6666);
+            let exit = m.run(&[0x48, 0x8b, 0x19, 0x48, 0x89, 0x10, 0xf4]);
+            assert_eq!(exit, Exit::Hlt);
+            assert_eq!(m.halted_in(), Some(13), "{address:#x} rip {:#x}", m.v.cpu.rip);
+            assert_eq!(m.read64(0x20_0000), 0x1234);
+        }
+    }
+}
+
+#[test]
+fn a_jump_to_the_last_byte_faults_in_the_guest() {
+    for interpret in [false, true] {
+        for target in [u64::MAX, 0, 1, 0xfff] {
+            let mut m = Machine::new(4 << 20);
+            m.v.interpret_only = interpret;
+            m.long_mode();
+            m.write64(PML4 + 0x3000, 0); // page 0 is absent
+            m.v.cpu.gpr[0] = target;
+            let exit = m.run(&[0xff, 0xe0]); // jmp rax
+            assert_eq!(exit, Exit::Hlt);
+            assert_eq!(m.halted_in(), Some(14), "{target:#x} rip {:#x}", m.v.cpu.rip);
+            assert_eq!(m.v.cpu.cr2, target);
+        }
+    }
+}
