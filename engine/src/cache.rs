@@ -110,6 +110,8 @@ pub struct CodeCache {
     ids: Ids,
     translator: Translator,
     careful: FastMap<[u8; 16], u32>,
+    /// Boxed: translated code holds their addresses.
+    #[allow(clippy::vec_box)]
     decoded: Vec<Box<Decoded>>,
     /// Counts `clear`: addresses in the cache are good for one generation.
     pub generation: u64,

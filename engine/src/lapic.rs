@@ -577,7 +577,7 @@ impl Vcpu {
     /// IA32_APIC_BASE; `None` for a transition that raises #GP.
     pub fn write_apic_base(&mut self, value: u64, host: bool) -> Option<()> {
         let old = self.cpu.msr.apic_base;
-        let known = BASE_ENABLE | BASE_X2APIC | BASE_BSP | (1 << crate::mmu::PHYSICAL_BITS) - 1 & !0xfff;
+        let known = BASE_ENABLE | BASE_X2APIC | BASE_BSP | ((1 << crate::mmu::PHYSICAL_BITS) - 1) & !0xfff;
         (value & !known == 0).then_some(())?;
         let state = |v: u64| v & (BASE_ENABLE | BASE_X2APIC);
         if !host {

@@ -25,6 +25,9 @@ fn array<const N: usize>(b: &[u8]) -> PyResult<&[u8; N]> {
     b.try_into().map_err(|_| PyValueError::new_err(format!("expected {N} bytes, not {}", b.len())))
 }
 
+/// function, index, flags, eax, ebx, ecx, edx.
+type CpuidTuple = (u32, u32, u32, u32, u32, u32, u32);
+
 /// Offsets in `struct kvm_run`.
 mod kvm_run {
     pub const REQUEST_INTERRUPT_WINDOW: usize = 0;
@@ -428,7 +431,7 @@ impl Vcpu {
     fn set_msr(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<bool> {
         self.with(py, |v| msr::write(v, index, value, true).is_some())
     }
-    fn set_cpuid(&self, py: Python<'_>, entries: Vec<(u32, u32, u32, u32, u32, u32, u32)>) -> PyResult<()> {
+    fn set_cpuid(&self, py: Python<'_>, entries: Vec<CpuidTuple>) -> PyResult<()> {
         let list = entries
             .into_iter()
             .map(|(function, index, flags, eax, ebx, ecx, edx)| CpuidEntry {
@@ -444,7 +447,7 @@ impl Vcpu {
             .collect();
         self.with(py, |v| v.cpuid = list)
     }
-    fn get_cpuid(&self, py: Python<'_>) -> PyResult<Vec<(u32, u32, u32, u32, u32, u32, u32)>> {
+    fn get_cpuid(&self, py: Python<'_>) -> PyResult<Vec<CpuidTuple>> {
         self.with(py, |v| v.cpuid.iter().map(|e| (e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)).collect())
     }
     fn get_lapic<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {

@@ -125,6 +125,7 @@ pub struct Translated {
     /// Links with their ids relative to the first free one of their kind.
     pub links: Vec<(u32, Link)>,
     /// What the block's calls into the interpreter point to; lives as long as the block's code.
+    #[allow(clippy::vec_box)]
     pub decoded: Vec<Box<Decoded>>,
 }
 
@@ -212,6 +213,12 @@ fn flag_effects(i: &Instruction) -> (u32, u32) {
         }
     }
     (reads, writes)
+}
+
+impl Default for Translator {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Translator {
@@ -470,10 +477,10 @@ impl Translator {
 
     /// Before an instruction that reads flags, or leaves some untouched that are needed later.
     fn want_flags(&mut self, s: &Step) {
-        if s.reads != 0 || (s.writes != 0 && s.live_out & !s.writes != 0) || self.partial(s) {
-            if self.host_flags || self.saved_flags {
-                self.restore_flags();
-            }
+        if (s.reads != 0 || (s.writes != 0 && s.live_out & !s.writes != 0) || self.partial(s))
+            && (self.host_flags || self.saved_flags)
+        {
+            self.restore_flags();
         }
     }
     /// Writes no flag for certain but may write some (shifts by CL): the others must be in place.
@@ -1003,7 +1010,7 @@ impl Translator {
     /// patched while other vCPUs may execute it.
     fn align_displacement(&mut self, opcode: i64) {
         let pad = (-(self.to_table + self.asm.pos() as i64 + opcode)) & 3;
-        self.asm.bytes(&[&[][..], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]][pad as usize]);
+        self.asm.bytes([&[][..], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]][pad as usize]);
     }
 
     /// End the block by going on at `target`.

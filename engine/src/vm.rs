@@ -196,7 +196,7 @@ impl Vm {
         self.exclusive(None, || {
             *self.slots.write().unwrap() = Arc::new(slots);
             self.drop_all_code();
-            self.each_cpu(|cpu| crate::mmu::clear(cpu));
+            self.each_cpu(crate::mmu::clear);
         });
     }
 

@@ -107,7 +107,7 @@ fn machine() -> Vcpu {
         assert_eq!(p as u64, BASE);
     }
     // PML4 -> PDPT -> 1 GiB page at BASE, which is 4 GiB.
-    write(TABLES, &(TABLES + 0x1000 | 7).to_le_bytes());
+    write(TABLES, &((TABLES + 0x1000) | 7).to_le_bytes());
     write(TABLES + 0x1000 + 4 * 8, &(BASE | 0xe7).to_le_bytes());
     let vm = Arc::new(Vm::new(1_000_000).unwrap());
     vm.set_slots(Slots::new(vec![Slot { id: 0, flags: 0, gpa: BASE, size: SIZE, hva: BASE }]));
@@ -142,7 +142,7 @@ fn instruction(r: &mut Random, factory: &mut InstructionInfoFactory) -> Vec<u8> 
         let vex = r.below(6) == 0;
         if vex {
             b.clear();
-            b.extend([0xc4, (r.next() as u8 & 0xe0) | 1 + r.below(3) as u8, r.next() as u8]);
+            b.extend([0xc4, (r.next() as u8 & 0xe0) | (1 + r.below(3) as u8), r.next() as u8]);
         } else {
             if r.below(2) == 0 {
                 b.push(0x40 | r.below(16) as u8);
@@ -251,7 +251,8 @@ fn run_case(v: &mut Vcpu, seed: u64, length: usize) {
         NATIVE = state.clone();
         TARGET = CODE;
         native_enter();
-        (*(&raw const NATIVE)).clone()
+        let result = &raw const NATIVE;
+        (*result).clone()
     };
     let native_data = slice(DATA, data.len()).to_vec();
     let native_stack = slice(STACK - 0x4000, stack.len()).to_vec();
