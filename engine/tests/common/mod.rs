@@ -77,9 +77,9 @@ impl Machine {
     /// 64-bit supervisor mode: the low 2 MiB identity-mapped by 4 KiB pages, which users may access, too; GDT,
     /// IDT and TSS as `tables` makes them; rip at `FREE`, rsp at `FREE`.
     pub fn long_mode(&mut self) {
-        self.write64(PML4, PML4 + 0x1000 | P | W | U);
-        self.write64(PML4 + 0x1000, PML4 + 0x2000 | P | W | U);
-        self.write64(PML4 + 0x2000, PML4 + 0x3000 | P | W | U);
+        self.write64(PML4, (PML4 + 0x1000) | P | W | U);
+        self.write64(PML4 + 0x1000, (PML4 + 0x2000) | P | W | U);
+        self.write64(PML4 + 0x2000, (PML4 + 0x3000) | P | W | U);
         for n in 0..512 {
             self.write64(PML4 + 0x3000 + n * 8, n << 12 | P | W | U);
         }
