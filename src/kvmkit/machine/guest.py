@@ -32,7 +32,7 @@ _BUSYBOX = "busybox-static"
 _HINT = "give a kernel with --kernel, and an initramfs with --initrd"
 
 
-class GuestError(RuntimeError):
+class GuestError(OSError):
     """The default guest can't be had. The message says why, and what to do instead."""
 
 

@@ -48,8 +48,11 @@ class SetupHeader:
     """The header itself, for the zero page."""
 
 
-def parse(image: bytes | memoryview, name: str) -> SetupHeader:
-    """Read and check the header of a bzImage; `KernelError` names the field. `name` is the file's, for messages."""
+def parse(image: bytes, name: str, size_bytes: int) -> SetupHeader:
+    """Read and check the header of a bzImage; `KernelError` names the field.
+
+    `image` is at least the first page of a file of `size_bytes`, or all of it; `name` is for messages.
+    """
     if len(image) < _HEADER_END:
         raise KernelError(
             f"{name}: {len(image)} bytes are too few for a bzImage's header: is the file truncated?"
@@ -81,9 +84,9 @@ def parse(image: bytes | memoryview, name: str) -> SetupHeader:
     setup_bytes = ((setup_sects or 4) + 1) * _SECTOR_BYTES
     code_bytes = syssize * 16
     # The last paragraph may be cut short; a signature may follow.
-    if not code_bytes or len(image) + 15 < setup_bytes + code_bytes:
+    if not code_bytes or size_bytes + 15 < setup_bytes + code_bytes:
         raise KernelError(
-            f"{name}: {len(image)} bytes, but its header (setup_sects, syssize) says {setup_bytes + code_bytes}: "
+            f"{name}: {size_bytes} bytes, but its header (setup_sects, syssize) says {setup_bytes + code_bytes}: "
             "the file is truncated"
         )
     if kernel_alignment & (kernel_alignment - 1) or kernel_alignment < 4096:
@@ -113,7 +116,7 @@ def parse(image: bytes | memoryview, name: str) -> SetupHeader:
 
 def extract_vmlinux(image: bytes, name: str = "bzImage") -> bytes:
     """Unpack the ELF kernel in a bzImage, whatever of gzip, bzip2, lzma, xz, lz4 and zstd it is packed with."""
-    header = parse(image, name)
+    header = parse(image, name, len(image))
     start = header.setup_bytes + header.payload_offset
     payload = memoryview(image)[start : start + header.payload_length]
     if header.payload_length < 16 or len(payload) < header.payload_length:
