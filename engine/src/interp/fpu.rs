@@ -1,11 +1,12 @@
 //! FXSAVE, XSAVE and their inverses on the state in `Cpu::fpu`, which has XSAVE's standard format (Intel SDM
 //! volume 1, chapters 10.5 and 13).
 
-use super::address;
+use super::{address, load, register, segment_index};
 use crate::access;
 use crate::cpu::{Exception, Res, Vcpu, cr0, cr4};
 use crate::sys::{self, edx_eax};
-use iced_x86::{Instruction, Mnemonic};
+use crate::segment::linear;
+use iced_x86::{Instruction, Mnemonic, Register};
 
 const X87: u64 = 1;
 const SSE: u64 = 2;
@@ -146,4 +147,76 @@ fn aligned(la: u64, alignment: u64) -> Res<()> {
 
 fn check_mxcsr(b: &[u8]) -> Res<()> {
     if b[26] | b[27] != 0 { Err(Exception::gp(0).into()) } else { Ok(()) }
+}
+
+fn vector(v: &Vcpu, r: Register) -> [u8; 32] {
+    let (n, mut b) = (r.number(), [0; 32]);
+    let in_use = v.cpu.fpu.0[HEADER] as u64;
+    if in_use & SSE != 0 {
+        b[..16].copy_from_slice(&v.cpu.fpu.0[160 + n * 16..176 + n * 16]);
+    }
+    if in_use & AVX != 0 {
+        b[16..].copy_from_slice(&v.cpu.fpu.0[576 + n * 16..592 + n * 16]);
+    }
+    b
+}
+
+fn set_vector(v: &mut Vcpu, r: Register, b: &[u8; 32]) {
+    let n = r.number();
+    let fpu = &mut v.cpu.fpu.0;
+    for (component, range) in [(SSE, 160..416), (AVX, YMM)] {
+        if fpu[HEADER] as u64 & component == 0 {
+            fpu[range].fill(0);
+            fpu[HEADER] |= component as u8;
+        }
+    }
+    fpu[160 + n * 16..176 + n * 16].copy_from_slice(&b[..16]);
+    fpu[576 + n * 16..592 + n * 16].copy_from_slice(&b[16..]);
+}
+
+/// AVX2's gathers: elements whose mask bit is set, each from an address of its own. One that faults leaves
+/// those before it done and their mask bits clear, so that the instruction can start again.
+pub(super) fn gather(v: &mut Vcpu, i: &Instruction) -> Res<()> {
+    use Mnemonic::*;
+    let (index_size, size) = match i.mnemonic() {
+        Vpgatherdd | Vgatherdps => (4, 4),
+        Vpgatherdq | Vgatherdpd => (4, 8),
+        Vpgatherqd | Vgatherqps => (8, 4),
+        Vpgatherqq | Vgatherqpd => (8, 8),
+        _ => return Err(Exception::ud().into()),
+    };
+    let (to, index, mask) = (i.op0_register(), i.memory_index(), i.op2_register());
+    if to.number() == index.number() || to.number() == mask.number() || index.number() == mask.number() {
+        return Err(Exception::ud().into());
+    }
+    let count = (to.size() / size).min(index.size() / index_size);
+    let base = register(&v.cpu, i.memory_base()).wrapping_add(i.memory_displacement64());
+    let indices = vector(v, index);
+    for n in 0..count {
+        let (mut value, mut left) = (vector(v, to), vector(v, mask));
+        if left[n * size + size - 1] & 0x80 != 0 {
+            let at = &indices[n * index_size..(n + 1) * index_size];
+            let offset = match index_size {
+                4 => i32::from_le_bytes(at.try_into().unwrap()) as i64 as u64,
+                _ => u64::from_le_bytes(at.try_into().unwrap()),
+            };
+            let mut ea = base.wrapping_add(offset.wrapping_mul(i.memory_index_scale() as u64));
+            if i.memory_base().size() == 4 {
+                ea &= 0xffff_ffff;
+            }
+            let la = linear(&v.cpu, segment_index(i.memory_segment()), ea, size as u64, false)?;
+            let element = load(v, la, size)?;
+            value[n * size..(n + 1) * size].copy_from_slice(&element.to_le_bytes()[..size]);
+            left[n * size..(n + 1) * size].fill(0);
+            set_vector(v, to, &value);
+            set_vector(v, mask, &left);
+            v.io.done.clear();
+            v.io.used = 0;
+        }
+    }
+    let mut value = vector(v, to);
+    value[count * size..].fill(0);
+    set_vector(v, to, &value);
+    set_vector(v, mask, &[0; 32]);
+    Ok(())
 }

@@ -845,6 +845,13 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             }
             fpu::execute(v, i)?;
         }
+        _ if i.is_vsib() && i.encoding() == iced_x86::EncodingKind::VEX => {
+            check_fpu(&v.cpu, i)?;
+            if !fpu {
+                return Err(Stop::NotInterpreted);
+            }
+            fpu::gather(v, i)?;
+        }
         _ => return native(v, i, bytes, fpu),
     }
     Ok(Done::Next)
