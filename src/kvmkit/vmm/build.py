@@ -1,14 +1,13 @@
 """From a configuration to a VM that is ready to run."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from kvmkit.kvm import Kvm, Vcpu
 from kvmkit.machine.guest import fetch_default_guest
+from kvmkit.machine.x86.board import X86Board
 from kvmkit.vmm.config import VmConfig
 from kvmkit.vmm.ending import Ending, Reason
 from kvmkit.vmm.loop import Bus
@@ -34,13 +33,13 @@ def kernel_cmdline(config: VmConfig) -> str:
     return " ".join(parts)
 
 
-def files(config: VmConfig, progress: Callable[[str], None]) -> tuple[Path, bytes]:
+def files(config: VmConfig, progress: Callable[[str], None]) -> tuple[Path, bytes | Path | None]:
     """The kernel's path and the initramfs, those of the default guest where the configuration names none."""
     if config.kernel and not config.command:
-        return Path(config.kernel), Path(config.initrd).read_bytes() if config.initrd else b""
+        return Path(config.kernel), Path(config.initrd) if config.initrd else None
     guest = fetch_default_guest(progress)
     kernel = Path(config.kernel) if config.kernel else guest.kernel.vmlinux
-    return kernel, Path(config.initrd).read_bytes() if config.initrd else guest.initramfs(config.command)
+    return kernel, Path(config.initrd) if config.initrd else guest.initramfs(config.command)
 
 
 @contextmanager
@@ -54,18 +53,16 @@ def build(
     """Build the board and load the kernel; `ValueError` or `OSError` says what is wrong with the files."""
     kernel, initrd = files(config, progress)
     cmdline = kernel_cmdline(config)
-    board_module: Any = import_module("kvmkit.machine.x86.board")
-    boot_module: Any = import_module("kvmkit.machine.x86.boot")
     with system.create_vm() as vm:
-        board = board_module.X86Board(
+        board = X86Board(
             system,
             vm,
             memory_bytes=config.memory_bytes,
-            cpus=1,
             serial_write=serial_write,
             on_reset=lambda: ending.set(Reason.RESET),
             on_power_off=lambda: ending.set(Reason.POWER_OFF),
             on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
         )
-        boot_module.load_linux(board, kernel, initrd, cmdline)
-        yield Booted(board.vcpus, board, board.serial_input, cmdline)
+        with closing(board):
+            board.load_linux(kernel, initrd, cmdline)
+            yield Booted(board.vcpus, board, board.serial_input, cmdline)
