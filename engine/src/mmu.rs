@@ -209,6 +209,16 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
     }
 }
 
+/// The four page-directory-pointer entries as PAE paging loads them with CR3: false if reserved bits are set in
+/// one that is present (then the load raises #GP).
+pub fn pdptes_valid(vcpu: &Vcpu, cr3: u64) -> bool {
+    let reserved = !((1u64 << PHYSICAL_BITS) - 1) | 0x1e6;
+    (0..4).all(|n| {
+        let entry = load(&vcpu.slots, (cr3 & 0xffff_ffe0) + n * 8);
+        entry & P == 0 || entry & reserved == 0
+    })
+}
+
 /// Two-level paging with 32-bit entries.
 fn walk_legacy(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize) -> Result<Page, Exception> {
     let cpu = &*vcpu.cpu;
@@ -333,14 +343,17 @@ const FETCH_ENTRIES: usize = 256;
 /// The instruction side: which page of RAM an rip is in.
 pub struct FetchCache {
     entries: [[(u64, Fetch); FETCH_ENTRIES]; mmu_mode::COUNT],
-    any: bool,
+    /// There are entries of non-global and of global pages.
+    local: bool,
+    global: bool,
 }
 impl FetchCache {
     pub fn new() -> Self {
-        Self { entries: [[(u64::MAX, Fetch::default()); FETCH_ENTRIES]; mmu_mode::COUNT], any: false }
+        Self { entries: [[(u64::MAX, Fetch::default()); FETCH_ENTRIES]; mmu_mode::COUNT], local: false, global: false }
     }
     fn flush(&mut self, globals_too: bool) {
-        if !self.any {
+        let some = self.local || globals_too && self.global;
+        if !some {
             return;
         }
         for table in &mut self.entries {
@@ -350,7 +363,8 @@ impl FetchCache {
                 }
             }
         }
-        self.any = !globals_too;
+        self.local = false;
+        self.global &= !globals_too;
     }
 }
 impl Default for FetchCache {
@@ -378,7 +392,8 @@ pub fn fetch_page(vcpu: &mut Vcpu, la: u64) -> Res<Fetch> {
     };
     let fetch = Fetch { gpa: page.gpa, hva: hva as u64, global: page.global };
     vcpu.fetch.entries[mode][number as usize & (FETCH_ENTRIES - 1)] = (number, fetch);
-    vcpu.fetch.any = true;
+    vcpu.fetch.local |= !page.global;
+    vcpu.fetch.global |= page.global;
     Ok(fetch)
 }
 

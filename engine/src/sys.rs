@@ -41,18 +41,23 @@ fn cr4_allowed(v: &Vcpu) -> u64 {
 }
 
 pub fn read_cr(v: &mut Vcpu, n: usize) -> Res<u64> {
+    if !matches!(n, 0 | 2..=4 | 8) {
+        return Err(Exception::ud().into());
+    }
     privileged(v)?;
     Ok(match n {
         0 => v.cpu.cr0,
         2 => v.cpu.cr2,
         3 => v.cpu.cr3,
         4 => v.cpu.cr4,
-        8 => v.cr8(),
-        _ => return Err(Exception::ud().into()),
+        _ => v.cr8(),
     })
 }
 
 pub fn write_cr(v: &mut Vcpu, n: usize, value: u64) -> Res<()> {
+    if !matches!(n, 0 | 2..=4 | 8) {
+        return Err(Exception::ud().into());
+    }
     privileged(v)?;
     match n {
         0 => write_cr0(v, value),
@@ -62,14 +67,13 @@ pub fn write_cr(v: &mut Vcpu, n: usize, value: u64) -> Res<()> {
         }
         3 => write_cr3(v, value),
         4 => write_cr4(v, value),
-        8 => {
+        _ => {
             if value >> 4 != 0 {
                 return Err(Exception::gp(0).into());
             }
             v.set_cr8(value);
             Ok(())
         }
-        _ => Err(Exception::ud().into()),
     }
 }
 
@@ -86,6 +90,14 @@ fn write_cr0(v: &mut Vcpu, value: u64) -> Res<()> {
     }
     let value = value & known;
     let changed = value ^ v.cpu.cr0;
+    if changed & (cr0::PG | cr0::CD | cr0::NW) != 0
+        && value & cr0::PG != 0
+        && v.cpu.efer & efer::LME == 0
+        && v.cpu.cr4 & cr4::PAE != 0
+        && !mmu::pdptes_valid(v, v.cpu.cr3)
+    {
+        return gp;
+    }
     if changed & cr0::PG != 0 {
         if value & cr0::PG != 0 {
             if v.cpu.efer & efer::LME != 0 {
@@ -111,8 +123,16 @@ fn write_cr0(v: &mut Vcpu, value: u64) -> Res<()> {
     Ok(())
 }
 
+/// Paging, and not in long mode; CR4.PAE decides whether page-directory pointers are loaded.
+fn legacy_paging(cpu: &Cpu) -> bool {
+    cpu.paging() && cpu.efer & efer::LMA == 0
+}
+
 fn write_cr3(v: &mut Vcpu, value: u64) -> Res<()> {
     if v.cpu.efer & efer::LMA != 0 && value >> PHYSICAL_BITS != 0 {
+        return Err(Exception::gp(0).into());
+    }
+    if legacy_paging(&v.cpu) && v.cpu.cr4 & cr4::PAE != 0 && !mmu::pdptes_valid(v, value) {
         return Err(Exception::gp(0).into());
     }
     v.cpu.cr3 = value;
@@ -125,6 +145,13 @@ fn write_cr4(v: &mut Vcpu, value: u64) -> Res<()> {
         return Err(Exception::gp(0).into());
     }
     let changed = v.cpu.cr4 ^ value;
+    if legacy_paging(&v.cpu)
+        && value & cr4::PAE != 0
+        && changed & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0
+        && !mmu::pdptes_valid(v, v.cpu.cr3)
+    {
+        return Err(Exception::gp(0).into());
+    }
     v.cpu.cr4 = value;
     if changed & (cr4::PGE | cr4::PAE | cr4::PSE | cr4::SMEP | cr4::SMAP) != 0 {
         mmu::flush_all(v);
@@ -193,17 +220,22 @@ pub fn cpuid(v: &mut Vcpu) {
     let (mut leaf, index) = (v.cpu.gpr[RAX] as u32, v.cpu.gpr[RCX] as u32);
     let find = |leaf: u32| v.cpuid.iter().find(|e| e.function == leaf && (e.flags & 1 == 0 || e.index == index));
     let mut entry = find(leaf);
-    if entry.is_none() {
-        // Intel answers leaves beyond its range with the highest basic one.
-        let class = leaf & 0xffff_0000;
-        let limit = v.cpuid.iter().find(|e| e.function == class).map(|e| e.eax);
-        let intel = v.cpuid.iter().find(|e| e.function == 0).is_some_and(|e| e.ecx == u32::from_le_bytes(*b"ntel"));
-        if intel && limit.is_none_or(|l| leaf > l) {
-            leaf = v.cpuid.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
+    if entry.is_none()
+        && let Some(basic) = v.cpuid.iter().find(|e| e.function == 0)
+        && !matches!(&basic.ecx.to_le_bytes(), b"cAMD" | b"uine")
+    {
+        // Leaves beyond their range read as the highest basic one, but not on AMD and Hygon.
+        let class = match leaf {
+            0x4000_0000..=0x4fff_ffff => leaf & 0xffff_ff00,
+            0xc000_0000.. => 0xc000_0000,
+            _ => leaf & 0x8000_0000,
+        };
+        if v.cpuid.iter().find(|e| e.function == class).is_none_or(|e| leaf > e.eax) {
+            leaf = basic.eax;
             entry = find(leaf);
         }
     }
-    let [mut a, mut b, mut c, mut d] = entry.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx]);
+    let [a, mut b, mut c, mut d] = entry.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx]);
     match (leaf, index) {
         (1, _) if entry.is_some() => {
             c &= !OSXSAVE_BIT;
@@ -219,7 +251,6 @@ pub fn cpuid(v: &mut Vcpu) {
     }
     let g = &mut v.cpu.gpr;
     (g[RAX], g[RBX], g[RCX], g[RDX]) = (a as u64, b as u64, c as u64, d as u64);
-    let _ = &mut a;
 }
 
 /// Bytes of a standard-format XSAVE area for the components of `xcr0` (x87 | SSE | AVX).
@@ -245,8 +276,8 @@ pub fn xsetbv(v: &mut Vcpu) -> Res<()> {
     }
     privileged(v)?;
     let value = edx_eax(&v.cpu);
-    let offered =
-        v.cpuid.iter().find(|e| e.function == 0xd && e.index == 0).map_or(3, |e| e.eax as u64 | (e.edx as u64) << 32);
+    // Whatever the table says, the engine keeps x87, SSE and AVX state.
+    let offered = v.cpuid.iter().find(|e| e.function == 0xd && e.index == 0).map_or(3, |e| e.eax as u64 & 7);
     if v.cpu.gpr[RCX] as u32 != 0 || value & 1 == 0 || value & !offered != 0 || (value & 4 != 0 && value & 2 == 0) {
         return Err(Exception::gp(0).into());
     }

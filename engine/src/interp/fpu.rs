@@ -4,8 +4,8 @@
 use super::{address, load, register, segment_index};
 use crate::access;
 use crate::cpu::{Exception, Res, Vcpu, cr0, cr4};
-use crate::sys::{self, edx_eax};
 use crate::segment::linear;
+use crate::sys::{self, edx_eax};
 use iced_x86::{Instruction, Mnemonic, Register};
 
 const X87: u64 = 1;

@@ -75,11 +75,13 @@ pub(super) fn execute(v: &mut Vcpu, i: &Instruction) -> Res<Done> {
     let stores = matches!(m, Stosb | Stosw | Stosd | Stosq);
     let mut n = 0;
     while register(&v.cpu, counter) != 0 {
-        if n >= BATCH && polled(&v.cpu) {
+        let stepping = v.cpu.sysflags & rflags::TF != 0;
+        // A single step is one iteration.
+        if n >= BATCH && polled(&v.cpu) || n != 0 && stepping {
             return Ok(Done::Jumped);
         }
         n += 1;
-        if (moves || stores) && v.cpu.sysflags & rflags::DF == 0 && register(&v.cpu, counter) > 1 {
+        if (moves || stores) && !stepping && register(&v.cpu, counter) > 1 {
             let done = bulk(v, &s, counter, moves)?;
             if done != 0 {
                 n = BATCH;
@@ -180,34 +182,53 @@ fn compare(a: u64, b: u64, size: usize) -> u64 {
     (flags & !low | low_flags & low) & rflags::ARITH
 }
 
-/// Do as many iterations of forward MOVS or STOS as lie within one page on each side, both in RAM.
+/// How many elements, the one at linear address `la` and register `r` first, lie within one page and below
+/// the wrap of the register.
+fn room(v: &Vcpu, la: u64, r: Register, size: u64) -> u64 {
+    let (offset, value) = (la & 0xfff, register(&v.cpu, r));
+    if offset + size > 4096 {
+        0
+    } else if v.cpu.sysflags & rflags::DF != 0 {
+        (offset / size).min(value / size) + 1
+    } else {
+        let top = u64::MAX >> (64 - 8 * r.size());
+        ((4096 - offset) / size).min((top - value) / size)
+    }
+}
+
+/// Do as many iterations of MOVS or STOS as lie within one page on each side, both in RAM.
 fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
     let size = s.size as u64;
     let mode = v.cpu.mmu_mode();
+    let backward = v.cpu.sysflags & rflags::DF != 0;
     let to = destination(v, s, true)?;
-    let mut count = register(&v.cpu, counter).min((4096 - (to & 0xfff)) / size);
-    let from = if moves {
-        let from = source(v, s)?;
-        count = count.min((4096 - (from & 0xfff)) / size);
-        Some(from)
-    } else {
-        None
+    let r = s.destination.unwrap_or(Register::RDI);
+    let mut count = register(&v.cpu, counter).min(room(v, to, r, size));
+    let from = match s.source {
+        Some((r, _)) if moves => {
+            let from = source(v, s)?;
+            count = count.min(room(v, from, r, size));
+            Some(from)
+        }
+        _ => None,
     };
     if count < 2 {
         return Ok(0);
     }
-    // The segment must hold all of it; where it does not, single iterations find out exactly where.
     let whole = count * size;
-    let r = s.destination.unwrap_or(Register::RDI);
-    if linear(&v.cpu, 0, register(&v.cpu, r), whole, true).is_err() {
+    // From the first element to the lowest address of all.
+    let below = if backward { whole - size } else { 0 };
+    // The segment must hold all of it; where it does not, single iterations find out exactly where.
+    if linear(&v.cpu, 0, register(&v.cpu, r) - below, whole, true).is_err() {
         return Ok(0);
     }
     if let Some((r, segment)) = s.source
         && moves
-        && linear(&v.cpu, segment, register(&v.cpu, r), whole, false).is_err()
+        && linear(&v.cpu, segment, register(&v.cpu, r) - below, whole, false).is_err()
     {
         return Ok(0);
     }
+    let (to, from) = (to - below, from.map(|from| from - below));
     let to_gpa = mmu::walk(v, to, Intent::Write, mode)?.gpa + (to & 0xfff);
     let Some(slot) = v.slots.find(to_gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(0) };
     let Some(target) = v.slots.hva(to_gpa, whole) else { return Ok(0) };
@@ -222,7 +243,13 @@ fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
             }
             let Some(origin) = v.slots.hva(gpa, whole) else { return Ok(0) };
             // SAFETY: both ranges lie within slots; element order is the guest's own.
-            unsafe { repeat_movs(target, origin, count, s.size) };
+            unsafe {
+                if backward {
+                    repeat_movs_backward(target.add(below as usize), origin.add(below as usize), count, s.size);
+                } else {
+                    repeat_movs(target, origin, count, s.size);
+                }
+            }
         }
         None => {
             let value = v.cpu.gpr[RAX];
@@ -257,6 +284,20 @@ unsafe fn repeat_movs(to: *mut u8, from: *const u8, count: u64, size: usize) {
 }
 
 /// # Safety
+/// `count` elements of `size` bytes, those at `to` and `from` the highest, are guest memory.
+unsafe fn repeat_movs_backward(to: *mut u8, from: *const u8, count: u64, size: usize) {
+    // SAFETY: by the caller; DF is clear again afterwards, as the ABI demands.
+    unsafe {
+        match size {
+            1 => asm!("std", "rep movsb", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+            2 => asm!("std", "rep movsw", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+            4 => asm!("std", "rep movsd", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+            _ => asm!("std", "rep movsq", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
+        }
+    }
+}
+
+/// # Safety
 /// `count` elements of `size` bytes at `to` are guest memory.
 unsafe fn repeat_stos(to: *mut u8, value: u64, count: u64, size: usize) {
     // SAFETY: by the caller; DF is clear as the ABI demands.
@@ -282,9 +323,13 @@ fn ports(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<Done> {
     }
     let size = s.size as u64;
     let la = if input { destination(v, s, true)? } else { source(v, s)? };
-    let forward = v.cpu.sysflags & rflags::DF == 0;
-    let fit = if forward { ((4096 - (la & 0xfff)) / size).max(1) } else { 1 };
-    let count = left.min(fit).min(1024) as u32;
+    let (r, segment) = if input { (s.destination, 0) } else { (s.source.map(|x| x.0), s.source.map_or(3, |x| x.1)) };
+    let r = r.unwrap_or(if input { Register::RDI } else { Register::RSI });
+    let one_by_one = v.cpu.sysflags & (rflags::DF | rflags::TF) != 0;
+    let mut count = if one_by_one { 1 } else { left.min(room(v, la, r, size)).clamp(1, 1024) as u32 };
+    if linear(&v.cpu, segment, register(&v.cpu, r), count as u64 * size, input).is_err() {
+        count = 1;
+    }
     let len = count as usize * s.size;
     let mode = v.cpu.mmu_mode();
     let mut data = vec![0; len];
@@ -295,10 +340,7 @@ fn ports(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<Done> {
     } else {
         access::read(v, la, &mut data, mode)?;
     }
-    let r = if input { s.destination } else { s.source.map(|x| x.0) };
-    if let Some(r) = r {
-        advance(v, r, len as u64);
-    }
+    advance(v, r, len as u64);
     let rest = left - count as u64;
     if let Some(c) = s.counter {
         set_register(&mut v.cpu, c, rest);
