@@ -6,7 +6,9 @@ import struct
 def path(name: str) -> bytes:
     """NameString: segments of up to four characters, separated by dots, from the root if a backslash comes first."""
     root = b"\\" if name.startswith("\\") else b""
-    segments = [segment.ljust(4, "_").encode("ascii") for segment in name.removeprefix("\\").split(".")]
+    segments = [
+        (segment or "?").ljust(4, "_").encode("ascii") for segment in name.removeprefix("\\").split(".")
+    ]
     for segment in segments:
         head, rest = segment[:1], segment[1:].replace(b"_", b"A")
         if (

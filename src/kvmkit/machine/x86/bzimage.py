@@ -133,32 +133,43 @@ def extract_vmlinux(image: bytes, name: str = "bzImage") -> bytes:
 
 
 def _decompress(payload: memoryview) -> bytes:
-    # All but gzip, which has its own, are followed by the length that they unpack to.
-    size = min(int.from_bytes(payload[-4:], "little"), MAX_VMLINUX_BYTES)
     start = bytes(payload[:6])
     if start.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(31).decompress(payload, MAX_VMLINUX_BYTES)
+        gzip = zlib.decompressobj(31)
+        data = gzip.decompress(payload, MAX_VMLINUX_BYTES)
+        if not gzip.eof:
+            raise ValueError("it ends too soon")
+        return data
+    # The others are followed by the length that they unpack to.
+    size = int.from_bytes(payload[-4:], "little")
+    if size > MAX_VMLINUX_BYTES:
+        raise ValueError(f"it says that it unpacks to {size} bytes")
+    packed, limit = payload[:-4], size + 1
     if start.startswith(b"BZh"):
-        return bz2.BZ2Decompressor().decompress(payload, size)
-    if start.startswith(b"\xfd7zXZ\0") or start.startswith(b"\x5d\0\0"):
-        return lzma.LZMADecompressor().decompress(payload, size)
-    if start.startswith(b"\x02\x21\x4c\x18"):
-        return _lz4_legacy(payload[4:-4], size)
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        data = bz2.BZ2Decompressor().decompress(packed, limit)
+    elif start.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+        data = lzma.LZMADecompressor().decompress(packed, limit)
+    elif start.startswith(b"\x02\x21\x4c\x18"):
+        data = _lz4_legacy(packed[4:], limit)
+    elif start.startswith(b"\x28\xb5\x2f\xfd"):
         import zstandard
 
-        with zstandard.ZstdDecompressor().stream_reader(payload) as reader:
-            return reader.read(size)
-    raise ValueError(f"no known compression starts with {start.hex()}")
+        with zstandard.ZstdDecompressor().stream_reader(packed) as reader:
+            data = reader.read(limit)
+    else:
+        raise ValueError(f"no known compression starts with {start.hex()}")
+    if len(data) != size:
+        raise ValueError(f"it unpacks to {len(data)} bytes, and should to {size}")
+    return data
 
 
-def _lz4_legacy(blocks: memoryview, size: int) -> bytes:
+def _lz4_legacy(blocks: memoryview, limit: int) -> bytes:
     """LZ4's legacy frame: blocks that unpack to 8 MiB each but for the last, each after its packed length."""
     import lz4.block
 
     parts = []
     done = 0
-    while blocks and done < size:
+    while blocks and done < limit:
         length = int.from_bytes(blocks[:4], "little")
         if not 0 < length <= len(blocks) - 4:
             raise ValueError(f"an LZ4 block of {length} bytes, with {len(blocks) - 4} left")
@@ -166,6 +177,4 @@ def _lz4_legacy(blocks: memoryview, size: int) -> bytes:
         parts.append(part)
         done += len(part)
         blocks = blocks[4 + length :]
-    if done != size:
-        raise ValueError(f"{done} bytes, but {size} were packed")
     return b"".join(parts)
