@@ -372,7 +372,7 @@ def test_extract_gzip_and_many_blocks() -> None:
     ("payload", "message"),
     [
         (b"", "payload_offset, payload_length"),
-        (b"nothing known at all", "no known compression"),
+        (b"nothing known at all" + bytes(4), "no known compression"),
         (gzip(b"this is no ELF file, is it? no."), "no ELF file"),
         (gzip(VMLINUX)[:-40], "no ELF|can't be unpacked|damaged"),
         (lz4_legacy(VMLINUX)[:-40] + bytes(4), "damaged"),
