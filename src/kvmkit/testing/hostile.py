@@ -1,0 +1,556 @@
+"""Hostile guests: small VMs made of a seed, of random and of mutated code, tables and state, to be run against an engine.
+
+Whatever such a guest does, the engine must come back from it within its time limit, and must have touched no host memory
+but the guest's. `Arena` holds the memory so that this shows: inaccessible pages lie on both sides of each block, and
+canaries beside those. `run` makes and runs the guest of one seed; the process that calls it may die, so a caller who wants
+to know which seed did it runs it in a process of its own (``bench/hostile.py``).
+"""
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from kvmkit.kvm import GuestMemory, Kvm, Vcpu, Vm
+from kvmkit.kvm.exits import Exit, Intr, Io, Mmio
+from kvmkit.kvm.modes import set_long_mode, set_protected_mode, set_real_mode
+from kvmkit.testing.hostile_code import (
+    REGISTERS,
+    access_code,
+    control_code,
+    device_code,
+    patched_code,
+    random_code,
+    skip_handlers,
+    valid_code,
+)
+from kvmkit.uapi import common as c
+from kvmkit.uapi import x86 as x
+
+PAGE = 4096
+LOW_BYTES = 1 << 20
+"""Memory at guest physical 0."""
+SMALL_BYTES = 2 * PAGE
+"""Each of the other blocks: few pages, so that their ends are near."""
+CODE, TABLES, IDT, HANDLERS, STACK = 0x1000, 0x10000, 0x9000, 0x20000, 0x8000
+_GUARD_BYTES = 16 * PAGE
+_CANARY_BYTES = 16 * PAGE
+_MAX_EXITS = 200
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class CanaryError(AssertionError):
+    """Host memory beside the guest's was written."""
+
+
+class GuardedBlock(GuestMemory):
+    """Memory of a guest in the middle of a mapping of its own: canary, inaccessible pages, the block, the same mirrored."""
+
+    def __init__(self, size_bytes: int) -> None:
+        """Map it."""
+        self.size_bytes = size_bytes
+        self.fd = -1
+        edge = _CANARY_BYTES + _GUARD_BYTES
+        self._mmap = mmap.mmap(-1, size_bytes + 2 * edge, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = memoryview(self._mmap)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
+        self.address = base + edge
+        self.view = whole[edge : edge + size_bytes]
+        self._canaries = (whole[:_CANARY_BYTES], whole[size_bytes + 2 * edge - _CANARY_BYTES :])
+        self._expected = Random(size_bytes).randbytes(_CANARY_BYTES)
+        for canary in self._canaries:
+            canary[:] = self._expected
+        for guard in (base + _CANARY_BYTES, self.address + size_bytes):
+            if _libc.mprotect(guard, _GUARD_BYTES, 0):  # PROT_NONE
+                raise OSError(ctypes.get_errno(), "mprotect of guard pages")
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Read `size_bytes` bytes at `offset`."""
+        self._check(offset, size_bytes)
+        return bytes(self.view[offset : offset + size_bytes])
+
+    def check(self) -> None:
+        """`CanaryError` if a canary has changed."""
+        for side, canary in zip(("before", "after"), self._canaries, strict=True):
+            if canary != self._expected:
+                at = next(i for i in range(_CANARY_BYTES) if canary[i] != self._expected[i])
+                raise CanaryError(f"byte {at:#x} of the canary {side} a block of {self.size_bytes:#x} bytes")
+
+    def clear(self) -> None:
+        """Fill it with zeros."""
+        self.view[:] = bytes(self.size_bytes)
+
+
+class Arena:
+    """The memory of hostile guests, one after the other: 1 MiB at 0, and small blocks that guests may map elsewhere."""
+
+    def __init__(self) -> None:
+        """Map all blocks."""
+        self.low = GuardedBlock(LOW_BYTES)
+        self.small = [GuardedBlock(SMALL_BYTES) for _ in range(3)]
+        self._watchdog = _Watchdog()
+
+    def check(self) -> None:
+        """`CanaryError` if anything beside guest memory has changed."""
+        for block in (self.low, *self.small):
+            block.check()
+
+    def clear(self) -> None:
+        """Fill all blocks with zeros."""
+        for block in (self.low, *self.small):
+            block.clear()
+
+    def limit(self, vcpu: Vcpu, seconds: float) -> "_Limit":
+        """Context in which `vcpu` is kicked after `seconds`."""
+        return _Limit(self._watchdog, vcpu, seconds)
+
+
+class _Watchdog:
+    """One thread that kicks a vCPU when its time is up, over and over until it is let go."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._vcpu: Vcpu | None = None
+        self._seconds = 0.0
+        self.expired = False
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def watch(self, vcpu: Vcpu | None, seconds: float) -> None:
+        with self._changed:
+            self._vcpu, self._seconds = vcpu, seconds
+            if vcpu is not None:
+                self.expired = False
+            self._changed.notify()
+
+    def _serve(self) -> None:
+        with self._changed:
+            while True:
+                vcpu = self._vcpu
+                signalled = self._changed.wait(self._seconds if vcpu else None)
+                if vcpu is not None and vcpu is self._vcpu and not signalled:
+                    self.expired = True
+                    vcpu.kick()
+
+
+@dataclass
+class _Limit:
+    watchdog: _Watchdog
+    vcpu: Vcpu
+    seconds: float
+
+    def __enter__(self) -> _Watchdog:
+        self.watchdog.watch(self.vcpu, self.seconds)
+        return self.watchdog
+
+    def __exit__(self, *_: object) -> None:
+        self.watchdog.watch(None, 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the guest of `seed` ended: `end` is the name of its last exit, "limit" (time) or "exits" (too many of them)."""
+
+    seed: int
+    kind: str
+    end: str
+    exits: int
+    message: str = ""
+
+
+class _Hostile:
+    """One guest while it runs."""
+
+    def __init__(self, system: Kvm, arena: Arena, seed: int) -> None:
+        self.random = Random(seed)
+        self.seed = seed
+        self.arena = arena
+        self.kind = self.random.choice(list(_KINDS))
+        self.vm: Vm = system.create_vm()
+        self.irqchip = self.kind == "interrupts" or self.random.random() < 0.2
+        self.blocks: list[tuple[int, GuardedBlock]] = []
+        self.refused = 0
+        self.tables = 0
+        arena.clear()
+        if self.irqchip:
+            self.vm.create_irqchip()
+            if self.random.random() < 0.5:
+                self.vm.create_pit2()
+        self._map()
+        self.vcpu: Vcpu = self.vm.create_vcpu(0)
+        self.vcpu.set_cpuid2(system.get_supported_cpuid())
+        self.bits = self.random.choice((64, 64, 64, 32, 16))
+
+    def _map(self) -> None:
+        r = self.random
+        self.blocks.append((0, self.arena.low))
+        # Just behind the low block (so accesses run from one slot into the next), below 4 GiB, high, and at the top.
+        places = [LOW_BYTES, LOW_BYTES + SMALL_BYTES, 0xFFFFE000, 1 << 32, 1 << 40, (1 << 46) - SMALL_BYTES]
+        for block, gpa in zip(self.arena.small, r.sample(places, len(self.arena.small)), strict=True):
+            self.blocks.append((gpa, block))
+        for slot, (gpa, block) in enumerate(self.blocks):
+            flags = 0
+            if r.random() < 0.15:
+                flags |= c.KVM_MEM_LOG_DIRTY_PAGES
+            if slot and r.random() < 0.2:
+                flags |= c.KVM_MEM_READONLY
+            self.vm.set_user_memory_region(slot, gpa, block.size_bytes, block.address, flags)
+
+    def write(self, address: int, data: bytes) -> None:
+        self.arena.low.write(address, data[: LOW_BYTES - address])
+
+    def enter(self) -> None:
+        """A valid state of the mode, a stack, an IDT whose handlers skip what faulted, and random general registers."""
+        r = self.random
+        if self.bits == 16:
+            set_real_mode(self.vcpu, CODE, r.choice((0, 0, r.randrange(0x800))))
+        elif self.bits == 32:
+            set_protected_mode(self.vcpu, self.arena.low, CODE, TABLES)
+        else:
+            set_long_mode(self.vcpu, self.arena.low, CODE, TABLES)
+        if r.random() < 0.8:
+            table, code = skip_handlers(self.bits, HANDLERS, r)
+            idt = 0 if self.bits == 16 else IDT
+            self.write(idt, table)
+            self.write(HANDLERS, code)
+            sregs = self.vcpu.get_sregs()
+            sregs.idt.base, sregs.idt.limit = idt, len(table) - 1
+            if r.random() < 0.3:
+                sregs.cr4 |= r.choice((1 << 18, 3 << 20, 1 << 16, 1 << 7)) & ~(1 << 17)
+            self.attempt(lambda: self.vcpu.set_sregs(sregs))
+        regs = self.vcpu.get_regs()
+        for name in REGISTERS:
+            setattr(regs, name, self.pointer())
+        regs.rsp = STACK if r.random() < 0.9 else self.pointer()
+        regs.rflags = 2 | (r.getrandbits(22) & 0x4CFFD5 & ~(1 << 8) if r.random() < 0.5 else 0)
+        if r.random() < 0.05:
+            regs.rflags |= 1 << 8  # single steps
+        self.vcpu.set_regs(regs)
+
+    def pointer(self) -> int:
+        """A number that often is an address near the edge of something."""
+        r = self.random
+        gpa, block = r.choice(self.blocks)
+        near = r.choice((0, block.size_bytes, PAGE, r.randrange(block.size_bytes)))
+        return (
+            r.choice(
+                (
+                    gpa + near + r.randrange(-64, 64),
+                    r.randrange(LOW_BYTES),
+                    r.getrandbits(64),
+                    r.choice(
+                        (0, 0xFEE00000, 0xFEC00000, 1 << 63, (1 << 47) - 1, (1 << 64) - (1 << 47), 0xFFFFFFFF)
+                    )
+                    + r.randrange(-16, 0x400),
+                    r.getrandbits(8),
+                )
+            )
+            & (1 << 64) - 1
+        )
+
+    def attempt(self, call: Callable[[], object]) -> None:
+        """Call what may refuse its arguments, as KVM may."""
+        try:
+            call()
+        except OSError:
+            self.refused += 1
+
+    # Kinds.
+
+    def make_random(self) -> None:
+        self.enter()
+        self.write(CODE, self.random.randbytes(self.random.choice((64, 4096, 0x7000))))
+
+    def make_code(self) -> None:
+        self.enter()
+        self.write(CODE, random_code(self.random, self.bits, 3000))
+
+    def make_accesses(self) -> None:
+        """Every access near the edges of memory, by all widths."""
+        self.enter()
+        self.write(CODE, access_code(self.random, self.bits, 400, self.pointer))
+
+    def make_control(self) -> None:
+        self.enter()
+        self.write(CODE, control_code(self.random, self.bits, 200, self.pointer))
+
+    def make_mutated(self) -> None:
+        r = self.random
+        self.enter()
+        code = bytearray(valid_code(r, self.bits))
+        for _ in range(r.randrange(1, 6)):
+            at = r.randrange(len(code))
+            match r.randrange(4):
+                case 0:
+                    code[at] ^= 1 << r.randrange(8)
+                case 1:
+                    code[at] = r.getrandbits(8)
+                case 2:
+                    code[at:at] = r.randbytes(r.randrange(1, 4))
+                case _:
+                    del code[at : at + r.randrange(1, 4)]
+                    code.append(0x90)
+        self.write(CODE, bytes(code))
+
+    def make_patching(self) -> None:
+        """Code that overwrites itself while it runs."""
+        self.enter()
+        self.write(CODE, patched_code(self.random, self.bits, CODE))
+
+    def make_tables(self) -> None:
+        """Paging with tables of random entries, and tables that lie in slots of every kind."""
+        r = self.random
+        self.bits = r.choice((64, 64, 32))
+        self.enter()
+        self.write(
+            CODE,
+            random_code(r, self.bits, 1000)
+            if r.random() < 0.5
+            else access_code(r, self.bits, 200, self.pointer),
+        )
+        if self.bits == 32:
+            sregs = self.vcpu.get_sregs()
+            sregs.cr3 = 0x30000
+            sregs.cr0 |= 1 << 31
+            pae = r.random() < 0.5
+            sregs.cr4 = (1 << 5 if pae else 0) | r.choice((0, 1 << 4, 1 << 7, 1 << 20))
+            if pae:
+                self.write(0x30000, b"".join((0x31001 + (i << 12)).to_bytes(8, "little") for i in range(4)))
+                self.write(0x31000, (0x83).to_bytes(8, "little") + r.randbytes(4088))
+            else:
+                self.write(0x30000, (0x83).to_bytes(4, "little") + r.randbytes(4092))
+                sregs.cr4 |= 1 << 4
+            self.attempt(lambda: self.vcpu.set_sregs(sregs))
+        base = TABLES if self.bits == 64 else 0x30000
+        for _ in range(r.randrange(1, 400)):
+            gpa, block = r.choice(self.blocks)
+            target = gpa + r.randrange(0, block.size_bytes, PAGE)
+            if r.random() < 0.1:
+                target = r.getrandbits(52) & ~0xFFF
+            flags = 1 | r.getrandbits(12)
+            if r.random() < 0.7:
+                flags &= ~0x80
+            entry = (
+                target
+                | flags
+                | (r.getrandbits(11) << 52 if r.random() < 0.1 else 0)
+                | (r.getrandbits(1) << 63)
+            )
+            # Mostly not the first entries, which map the code.
+            where = base + r.randrange(8 if r.random() < 0.97 else 0, 6 * PAGE, 8)
+            self.write(where, entry.to_bytes(8, "little"))
+
+    def make_state(self) -> None:
+        """Random values in everything that user space may set."""
+        r = self.random
+        self.enter()
+        self.write(CODE, random_code(r, self.bits, 500))
+        sregs = self.vcpu.get_sregs()
+        segments = [getattr(sregs, n) for n in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")]
+        for _ in range(r.randrange(1, 12)):
+            segment = r.choice(segments)
+            match r.randrange(6):
+                case 0:
+                    segment.base = self.pointer()
+                case 1:
+                    segment.limit = r.choice((0, 0xFFFF, 0xFFFFFFFF, r.getrandbits(32)))
+                case 2:
+                    segment.type, segment.s, segment.present = (
+                        r.getrandbits(4),
+                        r.getrandbits(1),
+                        r.getrandbits(1),
+                    )
+                case 3:
+                    segment.dpl, segment.db, segment.l, segment.g = (r.getrandbits(n) for n in (2, 1, 1, 1))
+                case 4:
+                    segment.selector, segment.unusable = r.getrandbits(16), r.getrandbits(1)
+                case _:
+                    name = r.choice(("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"))
+                    value = r.choice((r.getrandbits(64), getattr(sregs, name) ^ 1 << r.randrange(32)))
+                    setattr(sregs, name, value)
+        sregs.gdt.base = r.choice((sregs.gdt.base, self.pointer()))
+        sregs.idt.base = r.choice((sregs.idt.base, self.pointer()))
+        sregs.idt.limit = r.choice((sregs.idt.limit, r.getrandbits(16)))
+        self.attempt(lambda: self.vcpu.set_sregs(sregs))
+        for _ in range(r.randrange(4)):
+            self.set_something()
+        if r.random() < 0.3:
+            self.write(TABLES, r.randbytes(7 * PAGE))
+
+    def set_something(self) -> None:
+        """One random KVM_SET_*."""
+        r = self.random
+        vcpu = self.vcpu
+        match r.randrange(10):
+            case 0:
+                regs = vcpu.get_regs()
+                setattr(regs, r.choice((*REGISTERS, "rip", "rflags", "rsp")), self.pointer())
+                self.attempt(lambda: vcpu.set_regs(regs))
+            case 1:
+                fpu = x.kvm_fpu.from_buffer_copy(r.randbytes(ctypes.sizeof(x.kvm_fpu)))
+                self.attempt(lambda: vcpu.set_fpu(fpu))
+            case 2:
+                image = bytearray(r.randbytes(4096))
+                image[512:576] = r.choice((7, 3, 0, r.getrandbits(64))).to_bytes(8, "little") + bytes(56)
+                image[24:28] = r.choice((0x1F80, r.getrandbits(16), r.getrandbits(32))).to_bytes(4, "little")
+                self.attempt(lambda: vcpu.set_xsave(bytes(image)))
+            case 3:
+                xcrs = x.kvm_xcrs(nr_xcrs=1)
+                xcrs.xcrs[0].value = r.choice((1, 3, 7, r.getrandbits(64)))
+                self.attempt(lambda: vcpu.set_xcrs(xcrs))
+            case 4:
+                index = r.choice(
+                    (0x1B, 0x10, 0x3A, 0x174, 0x175, 0x176, 0x277, 0x6E0, 0xC0000080, 0xC0000081)
+                )
+                index = r.choice(
+                    (
+                        index,
+                        0x4B564D00 + r.randrange(8),
+                        0x800 + r.randrange(64),
+                        0xC0000100,
+                        r.getrandbits(32),
+                    )
+                )
+                value = self.pointer()
+                self.attempt(lambda: vcpu.set_msrs({index: value}))
+            case 5:
+                events = x.kvm_vcpu_events.from_buffer_copy(r.randbytes(ctypes.sizeof(x.kvm_vcpu_events)))
+                events.flags = r.getrandbits(5) & 7
+                self.attempt(lambda: vcpu.set_vcpu_events(events))
+            case 6:
+                debug = x.kvm_debugregs(dr6=r.getrandbits(32), dr7=r.choice((0x400, r.getrandbits(32))))
+                debug.db[:] = [self.pointer() for _ in range(4)]
+                self.attempt(lambda: vcpu.set_debugregs(debug))
+            case 7:
+                lapic = x.kvm_lapic_state.from_buffer_copy(r.randbytes(ctypes.sizeof(x.kvm_lapic_state)))
+                self.attempt(lambda: vcpu.set_lapic(lapic))
+            case 8:
+                address = self.pointer()
+                self.attempt(lambda: vcpu.translate(address))
+            case _:
+                self.attempt(lambda: vcpu.set_mp_state(r.choice((0, 0, 0, r.randrange(6)))))
+
+    def make_interrupts(self) -> None:
+        """Interrupts from everywhere into handlers that may be nonsense."""
+        r = self.random
+        self.enter()
+        self.write(CODE, device_code(r, self.bits, 200))
+        regs = self.vcpu.get_regs()
+        regs.rflags |= 1 << 9
+        self.vcpu.set_regs(regs)
+        for _ in range(r.randrange(6)):
+            at = IDT + r.randrange(4096)
+            self.write(at, r.randbytes(8))
+        for _ in range(r.randrange(1, 6)):
+            self.interrupt_something()
+
+    def interrupt_something(self) -> None:
+        """An interrupt, an NMI or a message."""
+        r = self.random
+        match r.randrange(5):
+            case 0:
+                self.attempt(self.vcpu.nmi)
+            case 1:
+                address = 0xFEE00000 | r.getrandbits(20) if r.random() < 0.9 else r.getrandbits(64)
+                self.attempt(lambda: self.vm.signal_msi(address, r.getrandbits(r.choice((8, 16, 32)))))
+            case 2:
+                self.attempt(lambda: self.vm.irq_line(r.randrange(26), r.getrandbits(1)))
+            case 3:
+                chip = x.kvm_irqchip(chip_id=r.randrange(4))
+                ctypes.memmove(ctypes.addressof(chip.chip), r.randbytes(256), 256)
+                self.attempt(lambda: self.vm.set_irqchip(chip))
+            case _:
+                self.attempt(lambda: self.vcpu.interrupt(r.getrandbits(8)))
+
+    # Running.
+
+    def answer(self, exit_: Exit) -> None:
+        """Do what a device, or user space at large, may do between two runs."""
+        r = self.random
+        if (isinstance(exit_, Io) and not exit_.is_out) or (isinstance(exit_, Mmio) and not exit_.is_write):
+            exit_.data[:] = r.randbytes(len(exit_.data))
+        match r.randrange(24):
+            case 0:
+                self.set_something()
+            case 1:
+                self.interrupt_something()
+            case 2:
+                address = r.randrange(LOW_BYTES - 64)
+                self.write(address, r.randbytes(64))
+                self.vm.memory_written(address, 64)
+            case 3:
+                # A slot goes, comes back elsewhere, or is logged from now on.
+                slot = r.randrange(1, len(self.blocks))
+                gpa, block = self.blocks[slot]
+                if r.random() < 0.5:
+                    self.attempt(lambda: self.vm.set_user_memory_region(slot, 0, 0, 0))
+                    gpa = r.choice((gpa, 0x200000, 0x40000000 + r.randrange(16) * PAGE))
+                flags = r.choice((0, c.KVM_MEM_LOG_DIRTY_PAGES))
+                self.attempt(
+                    lambda: self.vm.set_user_memory_region(slot, gpa, block.size_bytes, block.address, flags)
+                )
+            case 4:
+                self.attempt(lambda: self.vm.get_dirty_log(r.randrange(4)))
+            case 5:
+                sregs = self.vcpu.get_sregs()
+                self.attempt(lambda: self.vcpu.set_sregs(sregs))
+            case 6:
+                self.vcpu.get_xsave()
+                self.vcpu.get_vcpu_events()
+            case _:
+                pass
+
+    def run(self, limit_s: float) -> Outcome:
+        exits = 0
+        with self.arena.limit(self.vcpu, limit_s) as watchdog:
+            while True:
+                exit_ = self.vcpu.run()
+                exits += 1
+                name = type(exit_).__name__
+                if watchdog.expired:
+                    return self.outcome("limit", exits)
+                if exits >= _MAX_EXITS:
+                    return self.outcome("exits", exits)
+                if not isinstance(exit_, Io | Mmio | Intr) and self.random.random() < 0.8:
+                    return self.outcome(name, exits)
+                self.answer(exit_)
+
+    def outcome(self, end: str, exits: int) -> Outcome:
+        message = str(getattr(self.vcpu, "error_message", "")) if end == "InternalError" else ""
+        return Outcome(self.seed, self.kind, end, exits, message)
+
+    def close(self) -> None:
+        self.vcpu.close()
+        self.vm.close()
+
+
+_KINDS: dict[str, Callable[[_Hostile], None]] = {
+    "random": _Hostile.make_random,
+    "code": _Hostile.make_code,
+    "accesses": _Hostile.make_accesses,
+    "control": _Hostile.make_control,
+    "mutated": _Hostile.make_mutated,
+    "patching": _Hostile.make_patching,
+    "tables": _Hostile.make_tables,
+    "state": _Hostile.make_state,
+    "interrupts": _Hostile.make_interrupts,
+}
+KINDS = tuple(_KINDS)
+
+
+def run(system: Kvm, arena: Arena, seed: int, limit_s: float = 0.02) -> Outcome:
+    """Make the guest of `seed` and run it until it ends, for at most `limit_s` seconds; then check the canaries.
+
+    Raises `CanaryError` if memory beside the guest's has changed. Nothing else but the process's death, an exception or not
+    returning at all is a failure: a guest may end in any way.
+    """
+    guest = _Hostile(system, arena, seed)
+    try:
+        _KINDS[guest.kind](guest)
+        return guest.run(limit_s)
+    finally:
+        guest.close()
+        arena.check()
