@@ -176,6 +176,7 @@ def test_an_interactive_console(engine: str, run_kvmkit: Run, kernel: Kernel) ->
     path = kernel("1: getc\nmov bl, al\nputc bl\njmp 1b")
     running = run_kvmkit(*arguments(engine, path), stdin=theirs, stdout=theirs, stderr=theirs)
     wait_for_raw(theirs)
+    read_until(ours, b"ends it.\r\n")
     os.write(ours, b"\x03\x01\x01z")
     assert read_until(ours, b"z") == b"\x03\x01z"
     os.write(ours, b"\x01x")
