@@ -286,6 +286,20 @@ pub fn index(la: u64) -> usize {
     (la >> 12) as usize & (TLB_ENTRIES - 1)
 }
 
+/// Whether the 4 KiB at `host` are whole a page of the slot that holds `gpa`: what every fill of a TLB asserts. Looked up
+/// without the search that found the slot, so that a mistake there shows.
+fn in_a_slot(slots: &Slots, gpa: u64, host: u64) -> bool {
+    gpa & 0xfff == 0
+        && host & 0xfff == 0
+        && slots.as_slice().iter().any(|s| {
+            s.gpa <= gpa
+                && gpa - s.gpa <= s.size.saturating_sub(4096)
+                && host >= s.hva
+                && host - s.hva <= s.size.saturating_sub(4096)
+                && gpa - s.gpa == host - s.hva
+        })
+}
+
 /// Put the page of `la` into the TLB of `mode`. `None`: the page is not for direct access of this kind.
 #[inline(never)]
 pub fn fill(vcpu: &mut Vcpu, la: u64, write: bool, mode: usize) -> Res<Option<TlbEntry>> {
@@ -298,12 +312,13 @@ pub fn fill(vcpu: &mut Vcpu, la: u64, write: bool, mode: usize) -> Res<Option<Tl
     if write && !direct {
         return Ok(None);
     }
-    debug_assert!(slot.size - (page.gpa - slot.gpa) >= 4096, "a TLB entry beyond its slot");
+    let host = slot.hva + (page.gpa - slot.gpa);
+    debug_assert!(in_a_slot(&vcpu.slots, page.gpa, host), "a TLB entry for {la:#x} beyond its slot");
     let linear = la & !0xfff;
     let entry = TlbEntry {
         read: linear,
         write: if page.writable && direct { linear } else { tlb_invalid(index(la)) },
-        host: slot.hva + (page.gpa - slot.gpa),
+        host,
         gpa: page.gpa | if page.global { TLB_GLOBAL } else { 0 },
     };
     let i = index(la);
@@ -390,6 +405,7 @@ pub fn fetch_page(vcpu: &mut Vcpu, la: u64) -> Res<Fetch> {
             page.gpa
         ))));
     };
+    debug_assert!(in_a_slot(&vcpu.slots, page.gpa, hva as u64), "a page of code at {la:#x} beyond its slot");
     let fetch = Fetch { gpa: page.gpa, hva: hva as u64, global: page.global };
     vcpu.fetch.entries[mode][number as usize & (FETCH_ENTRIES - 1)] = (number, fetch);
     vcpu.fetch.local |= !page.global;
