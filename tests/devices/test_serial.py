@@ -191,6 +191,20 @@ def test_input_waits_for_a_listener(port: Port) -> None:
     assert bytes(port.inb(RBR) for _ in range(11)) == b"typed early"
 
 
+def test_input_that_is_cleared_comes_again(port: Port) -> None:
+    """Linux enables the receive interrupt without FIFO when it opens the port, then clears and enables the FIFO."""
+    port.outb(IER, s.IER_RDI)
+    feeder = port.feed(b"typed early")
+    feeder.join(0)
+    while not port.inb(LSR) & s.LSR_DR:
+        pass
+    port.outb(FCR, 1)
+    port.outb(FCR, 7)
+    feeder.join(5)
+    assert port.line == 1
+    assert bytes(port.inb(RBR) for _ in range(11)) == b"typed early"
+
+
 def test_input_of_a_guest_that_polls(port: Port) -> None:
     feeder = port.feed(b"ab")
     got = b""

@@ -107,7 +107,7 @@ def run(
             sys.exit(EXIT_TIMEOUT)
     if verbose:
         follower.print_timeline(vm.timeline)
-    sys.exit(_status(end, command))
+    sys.exit(_status(end, command, shown=any(event.name == "init" for event in vm.timeline)))
 
 
 @contextmanager
@@ -134,8 +134,8 @@ def _type(fd: int, vm: Machine) -> None:
     vm.stop()
 
 
-def _status(end: End, command: tuple[str, ...]) -> int:
-    """The exit status that an end means; says on stderr what isn't plain."""
+def _status(end: End, command: tuple[str, ...], *, shown: bool = False) -> int:
+    """The exit status that an end means; says on stderr what isn't plain. `shown`: the console's last output was."""
     if end.reason == "engine":
         click.echo(f"kvmkit: the engine can't go on: {end.detail}", err=True)
         return EXIT_KVMKIT
@@ -151,7 +151,7 @@ def _status(end: End, command: tuple[str, ...]) -> int:
         }
         why = what.get(end.reason, f"{end.reason} before the command's end")
         click.echo(f"kvmkit: the guest died: {why}{f', {end.detail}' if end.detail else ''}", err=True)
-        if command and end.console_tail:
+        if command and not shown and end.console_tail:
             click.echo("its last output:\n" + end.console_tail.replace("\r\n", "\n"), err=True)
         return EXIT_GUEST_DIED
     return 0

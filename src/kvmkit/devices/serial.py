@@ -192,9 +192,13 @@ class Serial:
 
     def _write_fcr(self, value: int) -> None:
         if (self._fcr ^ value) & FCR_ENABLE_FIFO or value & FCR_CLEAR_RCVR:
+            # What the guest didn't read comes in again: Linux enables the interrupt before it clears the FIFO.
+            if not self._mcr & MCR_LOOP:
+                self._fed.extendleft(reversed(self._received))
             self._received.clear()
         # The other bits can't be written without the enable bit.
         self._fcr = value & 0xC9 if value & FCR_ENABLE_FIFO else 0
+        self._take_in()
         self._update()
 
     def _capacity(self) -> int:
