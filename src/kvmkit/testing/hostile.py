@@ -8,19 +8,23 @@ to know which seed did it runs it in a process of its own (``bench/hostile.py``)
 
 import ctypes
 import mmap
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from kvmkit.kvm import GuestMemory, Kvm, Vcpu, Vm
+from kvmkit.kvm import GuestMemory, Kvm, MemoryMap, Vcpu, Vm
 from kvmkit.kvm.exits import Exit, Intr, Io, Mmio
-from kvmkit.kvm.modes import set_long_mode, set_protected_mode, set_real_mode
+from kvmkit.kvm.modes import descriptor, set_long_mode, set_protected_mode, set_real_mode
+from kvmkit.machine.x86.boot import Protocol, load_linux
+from kvmkit.machine.x86.errors import KernelError
 from kvmkit.testing.hostile_code import (
     REGISTERS,
     access_code,
     control_code,
     device_code,
+    kernel_file,
     patched_code,
     random_code,
     skip_handlers,
@@ -34,7 +38,9 @@ LOW_BYTES = 1 << 20
 """Memory at guest physical 0."""
 SMALL_BYTES = 2 * PAGE
 """Each of the other blocks: few pages, so that their ends are near."""
-CODE, TABLES, IDT, HANDLERS, STACK = 0x1000, 0x10000, 0x9000, 0x20000, 0x8000
+KERNEL_BYTES = 4 << 20
+"""Memory at guest physical 0 of guests that a kernel's file is loaded into."""
+CODE, TABLES, IDT, HANDLERS, STACK, TSS = 0x1000, 0x10000, 0x9000, 0x20000, 0x8000, 0xB000
 _GUARD_BYTES = 16 * PAGE
 _CANARY_BYTES = 16 * PAGE
 _MAX_EXITS = 200
@@ -92,16 +98,17 @@ class Arena:
         """Map all blocks."""
         self.low = GuardedBlock(LOW_BYTES)
         self.small = [GuardedBlock(SMALL_BYTES) for _ in range(3)]
+        self.kernel = GuardedBlock(KERNEL_BYTES)
         self._watchdog = _Watchdog()
 
     def check(self) -> None:
         """`CanaryError` if anything beside guest memory has changed."""
-        for block in (self.low, *self.small):
+        for block in (self.low, *self.small, self.kernel):
             block.check()
 
-    def clear(self) -> None:
-        """Fill all blocks with zeros."""
-        for block in (self.low, *self.small):
+    def clear(self, kernel: bool) -> None:
+        """Fill the blocks with zeros: those of most guests, or that of a kernel."""
+        for block in (self.kernel,) if kernel else (self.low, *self.small):
             block.clear()
 
     def limit(self, vcpu: Vcpu, seconds: float) -> "_Limit":
@@ -173,20 +180,27 @@ class _Hostile:
         self.irqchip = self.kind == "interrupts" or self.random.random() < 0.2
         self.blocks: list[tuple[int, GuardedBlock]] = []
         self.refused = 0
-        self.tables = 0
-        arena.clear()
+        self.done = False
+        arena.clear(self.kind == "headers")
         if self.irqchip:
             self.vm.create_irqchip()
             if self.random.random() < 0.5:
                 self.vm.create_pit2()
         self._map()
-        self.vcpu: Vcpu = self.vm.create_vcpu(0)
-        self.vcpu.set_cpuid2(system.get_supported_cpuid())
+        self.vcpus: list[Vcpu] = []
+        for id in range(2 if self.kind == "processors" else 1):
+            vcpu = self.vm.create_vcpu(id)
+            vcpu.set_cpuid2(system.get_supported_cpuid())
+            self.vcpus.append(vcpu)
+        self.vcpu = self.vcpus[0]
         self.bits = self.random.choice((64, 64, 64, 32, 16))
 
     def _map(self) -> None:
         r = self.random
-        self.blocks.append((0, self.arena.low))
+        self.blocks.append((0, self.arena.kernel if self.kind == "headers" else self.arena.low))
+        if self.kind == "headers":
+            self.vm.set_user_memory_region(0, 0, self.low.size_bytes, self.low.address)
+            return
         # Just behind the low block (so accesses run from one slot into the next), below 4 GiB, high, and at the top.
         places = [LOW_BYTES, LOW_BYTES + SMALL_BYTES, 0xFFFFE000, 1 << 32, 1 << 40, (1 << 46) - SMALL_BYTES]
         for block, gpa in zip(self.arena.small, r.sample(places, len(self.arena.small)), strict=True):
@@ -199,36 +213,78 @@ class _Hostile:
                 flags |= c.KVM_MEM_READONLY
             self.vm.set_user_memory_region(slot, gpa, block.size_bytes, block.address, flags)
 
+    @property
+    def low(self) -> GuardedBlock:
+        """The block at 0."""
+        return self.blocks[0][1]
+
     def write(self, address: int, data: bytes) -> None:
-        self.arena.low.write(address, data[: LOW_BYTES - address])
+        """Write what fits into the block that holds `address`."""
+        gpa, block = next(b for b in self.blocks if b[0] <= address < b[0] + b[1].size_bytes)
+        block.write(address - gpa, data[: gpa + block.size_bytes - address])
+
+    def code(self, data: bytes) -> None:
+        """Put code where the guest starts: mostly at `CODE`, else so that it runs out of its block, or in another block."""
+        r = self.random
+        address = CODE
+        if self.bits != 16 and r.random() < 0.15:
+            gpa, block = r.choice([(g, b) for g, b in self.blocks if g < 1 << 32])
+            address = gpa + block.size_bytes - r.randrange(1, PAGE)
+            for vcpu in self.vcpus:
+                regs = vcpu.get_regs()
+                regs.rip = address
+                vcpu.set_regs(regs)
+        self.write(address, data)
 
     def enter(self) -> None:
         """A valid state of the mode, a stack, an IDT whose handlers skip what faulted, and random general registers."""
+        for vcpu in self.vcpus:
+            self._enter(vcpu)
+
+    def _enter(self, vcpu: Vcpu) -> None:
         r = self.random
         if self.bits == 16:
-            set_real_mode(self.vcpu, CODE, r.choice((0, 0, r.randrange(0x800))))
+            set_real_mode(vcpu, CODE, r.choice((0, 0, r.randrange(0x800))))
         elif self.bits == 32:
-            set_protected_mode(self.vcpu, self.arena.low, CODE, TABLES)
+            set_protected_mode(vcpu, self.low, CODE, TABLES)
         else:
-            set_long_mode(self.vcpu, self.arena.low, CODE, TABLES)
+            set_long_mode(vcpu, self.low, CODE, TABLES)
+            if r.random() < 0.25:
+                self._to_user_mode(vcpu)
         if r.random() < 0.8:
             table, code = skip_handlers(self.bits, HANDLERS, r)
             idt = 0 if self.bits == 16 else IDT
             self.write(idt, table)
             self.write(HANDLERS, code)
-            sregs = self.vcpu.get_sregs()
+            sregs = vcpu.get_sregs()
             sregs.idt.base, sregs.idt.limit = idt, len(table) - 1
             if r.random() < 0.3:
                 sregs.cr4 |= r.choice((1 << 18, 3 << 20, 1 << 16, 1 << 7)) & ~(1 << 17)
-            self.attempt(lambda: self.vcpu.set_sregs(sregs))
-        regs = self.vcpu.get_regs()
+            self.attempt(lambda: vcpu.set_sregs(sregs))
+        regs = vcpu.get_regs()
         for name in REGISTERS:
             setattr(regs, name, self.pointer())
         regs.rsp = STACK if r.random() < 0.9 else self.pointer()
         regs.rflags = 2 | (r.getrandbits(22) & 0x4CFFD5 & ~(1 << 8) if r.random() < 0.5 else 0)
         if r.random() < 0.05:
             regs.rflags |= 1 << 8  # single steps
-        self.vcpu.set_regs(regs)
+        vcpu.set_regs(regs)
+
+    def _to_user_mode(self, vcpu: Vcpu) -> None:
+        """Ring 3, pages open to it, and a TSS for the way back."""
+        tables = self.low.view[TABLES : TABLES + 6 * PAGE].cast("Q")
+        for i, entry in enumerate(tables):
+            if entry:
+                tables[i] = entry | 4
+        sregs = vcpu.get_sregs()
+        gdt = sregs.gdt.base
+        for offset, segment in ((24, sregs.cs), (32, sregs.ss)):
+            segment.dpl, segment.selector = 3, offset | 3
+            self.write(gdt + offset, descriptor(segment).to_bytes(8, "little"))
+        sregs.gdt.limit = 39
+        sregs.tr.base, sregs.tr.limit, sregs.tr.type, sregs.tr.present, sregs.tr.s = TSS, 103, 11, 1, 0
+        self.write(TSS + 4, (STACK + 0x800).to_bytes(8, "little"))
+        vcpu.set_sregs(sregs)
 
     def pointer(self) -> int:
         """A number that often is an address near the edge of something."""
@@ -262,20 +318,20 @@ class _Hostile:
 
     def make_random(self) -> None:
         self.enter()
-        self.write(CODE, self.random.randbytes(self.random.choice((64, 4096, 0x7000))))
+        self.code(self.random.randbytes(self.random.choice((64, 4096, 0x7000))))
 
     def make_code(self) -> None:
         self.enter()
-        self.write(CODE, random_code(self.random, self.bits, 3000))
+        self.code(random_code(self.random, self.bits, 3000))
 
     def make_accesses(self) -> None:
         """Every access near the edges of memory, by all widths."""
         self.enter()
-        self.write(CODE, access_code(self.random, self.bits, 400, self.pointer))
+        self.code(access_code(self.random, self.bits, 400, self.pointer))
 
     def make_control(self) -> None:
         self.enter()
-        self.write(CODE, control_code(self.random, self.bits, 200, self.pointer))
+        self.code(control_code(self.random, self.bits, 200, self.pointer))
 
     def make_mutated(self) -> None:
         r = self.random
@@ -293,12 +349,12 @@ class _Hostile:
                 case _:
                     del code[at : at + r.randrange(1, 4)]
                     code.append(0x90)
-        self.write(CODE, bytes(code))
+        self.code(bytes(code))
 
     def make_patching(self) -> None:
         """Code that overwrites itself while it runs."""
         self.enter()
-        self.write(CODE, patched_code(self.random, self.bits, CODE))
+        self.code(patched_code(self.random, self.bits, CODE))
 
     def make_tables(self) -> None:
         """Paging with tables of random entries, and tables that lie in slots of every kind."""
@@ -347,7 +403,7 @@ class _Hostile:
         """Random values in everything that user space may set."""
         r = self.random
         self.enter()
-        self.write(CODE, random_code(r, self.bits, 500))
+        self.code(random_code(r, self.bits, 500))
         sregs = self.vcpu.get_sregs()
         segments = [getattr(sregs, n) for n in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")]
         for _ in range(r.randrange(1, 12)):
@@ -437,7 +493,7 @@ class _Hostile:
         """Interrupts from everywhere into handlers that may be nonsense."""
         r = self.random
         self.enter()
-        self.write(CODE, device_code(r, self.bits, 200))
+        self.code(device_code(r, self.bits, 200))
         regs = self.vcpu.get_regs()
         regs.rflags |= 1 << 9
         self.vcpu.set_regs(regs)
@@ -465,6 +521,40 @@ class _Hostile:
             case _:
                 self.attempt(lambda: self.vcpu.interrupt(r.getrandbits(8)))
 
+    def make_processors(self) -> None:
+        """Two processors at once: one changes the code and the page tables that the other uses. (Not the same twice.)"""
+        r = self.random
+        self.enter()
+        self.code(patched_code(r, self.bits, r.choice((CODE, CODE, TABLES, IDT))))
+        other = self.vcpus[1]
+        regs = other.get_regs()
+        regs.rip = r.choice((CODE, CODE, 0x4000))
+        other.set_regs(regs)
+        self.write(0x4000, control_code(r, self.bits, 40, self.pointer))
+        self.attempt(lambda: other.set_mp_state(0))
+
+    def make_headers(self) -> None:
+        """A kernel's file with wrong fields: the loader refuses it, or what it loaded is run."""
+        r = self.random
+        fd = os.memfd_create("hostile-kernel", os.MFD_CLOEXEC)
+        memory = MemoryMap()
+        memory.add(0, self.low)
+        try:
+            os.write(fd, kernel_file(r))
+            protocol: Protocol = r.choice(("linux64", "linux64", "pvh"))
+            entry = load_linux(memory, KERNEL_BYTES, f"/proc/self/fd/{fd}", None, "x", protocol=protocol)
+        except KernelError:
+            self.refused += 1
+            self.enter()
+            return
+        finally:
+            os.close(fd)
+        self.bits = 64
+        self.enter()
+        regs = self.vcpu.get_regs()
+        regs.rip, regs.rsi = entry.ip, entry.parameters
+        self.vcpu.set_regs(regs)
+
     # Running.
 
     def answer(self, exit_: Exit) -> None:
@@ -483,7 +573,7 @@ class _Hostile:
                 self.vm.memory_written(address, 64)
             case 3:
                 # A slot goes, comes back elsewhere, or is logged from now on.
-                slot = r.randrange(1, len(self.blocks))
+                slot = r.randrange(len(self.blocks) > 1, len(self.blocks))
                 gpa, block = self.blocks[slot]
                 if r.random() < 0.5:
                     self.attempt(lambda: self.vm.set_user_memory_region(slot, 0, 0, 0))
@@ -504,6 +594,25 @@ class _Hostile:
                 pass
 
     def run(self, limit_s: float) -> Outcome:
+        others = [threading.Thread(target=self._run_other, args=(vcpu,)) for vcpu in self.vcpus[1:]]
+        for thread in others:
+            thread.start()
+        try:
+            return self._run(limit_s)
+        finally:
+            self.done = True
+            for vcpu in self.vcpus[1:]:
+                vcpu.kick()
+            for thread in others:
+                thread.join()
+
+    def _run_other(self, vcpu: Vcpu) -> None:
+        exits = 0
+        while not self.done and exits < _MAX_EXITS:
+            vcpu.run()
+            exits += 1
+
+    def _run(self, limit_s: float) -> Outcome:
         exits = 0
         with self.arena.limit(self.vcpu, limit_s) as watchdog:
             while True:
@@ -514,6 +623,8 @@ class _Hostile:
                     return self.outcome("limit", exits)
                 if exits >= _MAX_EXITS:
                     return self.outcome("exits", exits)
+                if self.kind == "headers" and self.refused:
+                    return self.outcome("refused", exits)
                 if not isinstance(exit_, Io | Mmio | Intr) and self.random.random() < 0.8:
                     return self.outcome(name, exits)
                 self.answer(exit_)
@@ -523,7 +634,8 @@ class _Hostile:
         return Outcome(self.seed, self.kind, end, exits, message)
 
     def close(self) -> None:
-        self.vcpu.close()
+        for vcpu in self.vcpus:
+            vcpu.close()
         self.vm.close()
 
 
@@ -537,6 +649,8 @@ _KINDS: dict[str, Callable[[_Hostile], None]] = {
     "tables": _Hostile.make_tables,
     "state": _Hostile.make_state,
     "interrupts": _Hostile.make_interrupts,
+    "processors": _Hostile.make_processors,
+    "headers": _Hostile.make_headers,
 }
 KINDS = tuple(_KINDS)
 

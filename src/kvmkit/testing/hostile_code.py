@@ -1,5 +1,6 @@
 """Machine code for hostile guests: made of bytes, so that it needs no assembler and a seed always gives the same."""
 
+import struct
 from collections.abc import Callable
 from random import Random
 
@@ -301,3 +302,65 @@ def valid_code(r: Random, bits: int) -> bytes:
     """Return a valid little guest that runs for ever."""
     pieces = {64: _VALID_64, 32: _VALID_32, 16: _VALID_16}[bits]
     return _loop(b"".join(r.choices(pieces, k=12)), bits)
+
+
+def kernel_file(r: Random) -> bytes:
+    """Return a little vmlinux or bzImage with a few of its header's fields wrong."""
+    code = random_code(r, 64, 2000)
+    if r.random() < 0.5:
+        ident = b"\x7fELF\2\1\1" + bytes(9)
+        header = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, 0x100000, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+        note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", 0x100000)
+        load = struct.pack("<IIQQQQQQ", 1, 7, 0x200, 0, 0x100000, len(code), 0x4000, 4096)
+        notes = struct.pack("<IIQQQQQQ", 4, 4, 0x100, 0, 0, len(note), len(note), 4)
+        image = bytearray((header + load + notes).ljust(0x100, b"\0") + note.ljust(0x100, b"\0") + code)
+        fields = [
+            (16, 2),
+            (18, 2),
+            (24, 8),
+            (32, 8),
+            (54, 2),
+            (56, 2),
+            *((0x40 + 56 * i + f, 8) for i in (0, 1) for f in range(0, 56, 8)),
+        ]
+        fields += [(0x100, 4), (0x104, 4), (0x108, 4), (0x110, 4)]
+    else:
+        image = bytearray(1024) + bytes(0x200) + code
+        image += bytes(-len(image) % 16)
+        image[0x1F1] = 1
+        struct.pack_into("<I", image, 0x1F4, (len(image) - 1024) // 16)
+        struct.pack_into("<HH4sH", image, 0x1FE, 0xAA55, 0x66EB, b"HdrS", 0x20F)
+        image[0x211] = 1
+        struct.pack_into("<IIBBHI", image, 0x22C, 0x7FFFFFFF, 4096, 1, 12, 1, 255)
+        struct.pack_into("<II", image, 0x248, 0, 16)
+        struct.pack_into("<QI", image, 0x258, 0x100000, 0x10000)
+        fields = [
+            (0x1F1, 1),
+            (0x1F4, 4),
+            (0x201, 1),
+            (0x206, 2),
+            (0x211, 1),
+            (0x22C, 4),
+            (0x230, 4),
+            (0x234, 1),
+            (0x236, 2),
+        ]
+        fields += [(0x238, 4), (0x258, 8), (0x260, 4)]
+    for _ in range(r.choice((0, 1, 1, 2, 3))):
+        at, size = r.choice(fields)
+        old = int.from_bytes(image[at : at + size], "little")
+        new = r.choice(
+            (
+                0,
+                1,
+                1 << 8 * size - 1,
+                (1 << 8 * size) - 1,
+                old + 1,
+                old ^ 1 << r.randrange(8 * size),
+                r.getrandbits(8 * size),
+            )
+        )
+        image[at : at + size] = (new & (1 << 8 * size) - 1).to_bytes(size, "little")
+    if r.random() < 0.1:
+        del image[r.randrange(len(image)) :]
+    return bytes(image)
