@@ -1,13 +1,16 @@
 """What tests of booting need: the default guest, fetched once into the user's cache."""
 
+import gzip
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kvmkit.machine.guest import DefaultGuest, GuestError, fetch_default_guest
+from kvmkit.machine.debian import GuestError
+from kvmkit.machine.guest import DefaultGuest, fetch_default_guest
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +44,23 @@ def boot_in_qemu(guest: DefaultGuest, tmp_path: Path) -> Callable[..., bytes]:
         return subprocess.run(command, input=typed, capture_output=True, timeout=120, check=True).stdout
 
     return boot
+
+
+@pytest.fixture
+def vmlinux() -> bytes:
+    """What passes for a kernel where none is booted."""
+    return b"\x7fELF" + bytes(range(256))
+
+
+@pytest.fixture
+def bzimage(vmlinux: bytes) -> bytes:
+    """`vmlinux`, packed."""
+    payload = gzip.compress(vmlinux)
+    payload += bytes(-len(payload) % 16)
+    image = bytearray(1024)
+    struct.pack_into("<BHIHHHH", image, 0x1F1, 1, 0, len(payload) // 16, 0, 0, 0, 0xAA55)
+    struct.pack_into("<H4sH", image, 0x200, 0x66EB, b"HdrS", 0x20F)
+    image[0x211] = 1
+    struct.pack_into("<IIBBHI", image, 0x22C, 0x7FFFFFFF, 1 << 21, 1, 21, 1, 255)
+    struct.pack_into("<IIxxxxxxxxQI", image, 0x248, 0, len(payload), 1 << 24, 1 << 20)
+    return bytes(image) + payload

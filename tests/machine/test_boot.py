@@ -309,7 +309,7 @@ def mutated(image: bytes, mutations: list[tuple[int, bytes]]) -> bytes:
 @pytest.mark.parametrize(
     "image", [make_elf(note=bytes(8)), make_bzimage(payload=bytes(100))], ids=["vmlinux", "bzImage"]
 )
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations=MUTATIONS, cut=st.integers(0, 0x2000), protocol=st.sampled_from(("linux64", "pvh")))
 def test_mutated_headers(
     file: File, image: bytes, mutations: list[tuple[int, bytes]], cut: int, protocol: Any
@@ -386,7 +386,6 @@ def test_extract_damaged(payload: bytes, message: str) -> None:
 
 
 @given(MUTATIONS, st.sampled_from(sorted(PACKERS)))
-@settings(deadline=None)
 def test_extract_mutated(mutations: list[tuple[int, bytes]], name: str) -> None:
     payload = PACKERS[name](VMLINUX) + len(VMLINUX).to_bytes(4, "little")
     image = make_bzimage(payload=mutated(payload, [(at % len(payload), new) for at, new in mutations]))

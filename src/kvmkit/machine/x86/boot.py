@@ -64,15 +64,16 @@ class _File:
 
     def load(self, memory: MemoryMap, gpa: int, offset: int, size_bytes: int) -> None:
         """Read into guest memory, which the caller has checked to be there."""
-        done = 0
-        with memory.writable_view(gpa, size_bytes) as view:
-            while done < size_bytes:
-                n = os.preadv(self._fd, [view[done:]], offset + done)
-                if n == 0:
-                    raise KernelError(
-                        f"{self.name}: ends at byte {offset + done}, sooner than it did a moment ago"
-                    )
-                done += n
+        block, at = memory.find(gpa, size_bytes)
+        os.lseek(block.fd, at, os.SEEK_SET)
+        end = offset + size_bytes
+        while (
+            offset < end
+        ):  # from file to memfd: reading into our mapping would take its page faults in addition
+            n = os.sendfile(block.fd, self._fd, offset, end - offset)
+            if n == 0:
+                raise KernelError(f"{self.name}: ends at byte {offset}, sooner than it did a moment ago")
+            offset += n
         memory.written(gpa, size_bytes)
 
     def __enter__(self) -> Self:
