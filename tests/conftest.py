@@ -5,9 +5,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
+from hypothesis import settings
 
 import kvmkit.kvm
 from kvmkit.testing.kernel import assemble_kernel
+
+settings.register_profile("kvmkit", deadline=None)  # the machine may be busy
+settings.load_profile("kvmkit")
 
 
 @pytest.fixture(params=["kvm", "soft"])

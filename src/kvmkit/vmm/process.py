@@ -12,7 +12,6 @@ from pathlib import Path
 
 from kvmkit import kvm
 from kvmkit.kvm.probe import choose_engine
-from kvmkit.machine.guest import GuestError
 from kvmkit.vmm.build import Booted, build
 from kvmkit.vmm.config import VmConfig
 from kvmkit.vmm.console import Console, writer
@@ -39,7 +38,7 @@ def main(control_fd: int) -> int:
         run(config, control, ending)
     except Exception as error:
         control.send("error", message=_describe(error))
-        if not isinstance(error, (OSError, ValueError, ImportError, MemoryError, GuestError)):
+        if not isinstance(error, (OSError, ValueError, ImportError, MemoryError)):
             raise  # ours: the traceback is for us
         return 1
     return 0
