@@ -108,7 +108,7 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         }
         Bt | Bts | Btr | Btc => Class::Plain,
         Nop | Reservednop | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Cldemote | Prefetchnta | Prefetcht0 | Prefetcht1
-        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetch => Class::Nop,
+        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch => Class::Nop,
         Lea => Class::Lea,
         Push => match i.code() {
             Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm8 | Code::Pushq_imm32 => Class::Push,

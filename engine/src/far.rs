@@ -115,7 +115,8 @@ fn code_target(v: &mut Vcpu, sel: u16) -> Res<(Descriptor, u8)> {
     }
     let d = read_descriptor(v, sel, GP)?;
     if !d.is_code() {
-        if d.kind() & 0x10 == 0 && matches!(d.kind(), 1 | 4 | 5 | 9 | 12) {
+        let long = v.cpu.efer & efer::LMA != 0;
+        if d.kind() == 12 || (!long && matches!(d.kind(), 1 | 4 | 5 | 9)) {
             return unsupported("a far transfer through a call gate, task gate or TSS");
         }
         return Err(gp(sel).into());

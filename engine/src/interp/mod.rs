@@ -67,11 +67,15 @@ pub(crate) fn decode(v: &mut Vcpu) -> Res<(Instruction, [u8; 15])> {
             return Ok((i, bytes));
         }
         if decoder.last_error() != DecoderError::NoMoreBytes {
-            return Err(Exception::ud().into());
-        }
-        if have == 15 {
-            // No instruction is longer.
-            return Err(Exception::gp(0).into());
+            // Opcodes 0F 18 to 0F 1F do nothing where they mean nothing yet.
+            let options = DecoderOptions::FORCE_RESERVED_NOP;
+            let hint = Decoder::with_ip(bits, &bytes[..have], rip, options).decode();
+            return match hint.mnemonic() {
+                Mnemonic::Reservednop => Ok((hint, bytes)),
+                // No instruction is longer than 15 bytes.
+                _ if i.len() == 15 => Err(Exception::gp(0).into()),
+                _ => Err(Exception::ud().into()),
+            };
         }
         let more = la.wrapping_add(have as u64);
         if bits != 64 && rip + have as u64 > v.cpu.segs[CS].limit as u64 {
@@ -819,7 +823,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
         }
         // Hints, and what does nothing where control-flow enforcement and the like are not offered.
         Nop | Reservednop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Cldemote | Prefetchnta | Prefetcht0 | Prefetcht1
-        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetch => {}
+        | Prefetcht2 | Prefetchw | Prefetchwt1 | Prefetchit0 | Prefetchit1 | Prefetch => {}
         Rdpmc => return Err(Exception::gp(0).into()), // no counters
         Aaa | Aas | Daa | Das | Aam | Aad | Salc => decimal::execute(v, i)?,
         Bound => {
