@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmkit.machine.debian import GuestError
-from kvmkit.machine.guest import DefaultGuest, fetch_default_guest
+from kvmkit.machine.guest import DefaultGuest, GuestError, fetch_default_guest
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvmkit.machine import guest
-from kvmkit.machine.debian import GuestError
+from kvmkit.machine.guest import GuestError
 
 APT_GET = """#!/bin/sh
 echo "apt-get $*" >> "$FAKE/log"

@@ -10,11 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kvmkit.machine.guest import GuestError
+
 HINT = "give a kernel with --kernel, and an initramfs with --initrd"
-
-
-class GuestError(OSError):
-    """A guest can't be had. The message says why, and what to do instead."""
 
 
 class Apt:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvmkit.machine.debian import HINT, Apt, GuestError, member, output_of
+from kvmkit.machine.debian import HINT, Apt, member, output_of
+from kvmkit.machine.guest import GuestError
 from kvmkit.machine.x86.bzimage import extract_vmlinux
 
 _UNFINISHED = ".fetch-"

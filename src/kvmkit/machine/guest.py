@@ -21,6 +21,10 @@ GENERIC_KERNEL = "linux-image-amd64"
 _BUSYBOX = "busybox-static"
 
 
+class GuestError(OSError):
+    """A guest can't be had. The message says why, and what to do instead."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A fetched kernel: two forms of the same, and where it came from."""
@@ -56,7 +60,7 @@ def cache_directory() -> Path:
 def fetch_default_guest(progress: Progress = lambda _: None) -> DefaultGuest:
     """Return the default guest, from the cache or fetched; `progress` gets a line for each step that takes time.
 
-    `kvmkit.machine.debian.GuestError`, an `OSError`, says why that can't be and what to do instead.
+    `GuestError` says why that can't be and what to do instead.
     """
     _fetch([CLOUD_KERNEL, _BUSYBOX], progress)
     busybox = cache_directory() / _BUSYBOX
