@@ -185,6 +185,10 @@ impl CodeCache {
     fn address(&self, offset: usize) -> u64 {
         self.rx as u64 + offset as u64
     }
+    /// Every block: host address, bytes of host code, guest rip, bytes of guest code. For profilers.
+    pub fn blocks(&self) -> Vec<(u64, u32, u64, u16)> {
+        self.blocks.iter().map(|b| (self.address(b.start as usize), b.end - b.start, b.key.rip, b.guest_len)).collect()
+    }
     pub fn used(&self) -> usize {
         self.used
     }

@@ -245,6 +245,10 @@ impl Vm {
         }
     }
 
+    fn blocks(&self) -> Vec<(u64, u32, u64, u16)> {
+        self.vm.cache.lock().unwrap().blocks()
+    }
+
     fn stats(&self) -> Vec<(&'static str, u64)> {
         let cache = self.vm.cache.lock().unwrap();
         vec![

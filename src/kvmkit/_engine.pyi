@@ -82,6 +82,9 @@ class Vm:
     def set_clock_ns(self, ns: int) -> None:
         """Set it; guests' clock pages follow."""
 
+    def blocks(self) -> list[tuple[int, int, int, int]]:
+        """Translated blocks for profilers: host address and bytes, guest rip and bytes."""
+
     def stats(self) -> list[tuple[str, int]]:
         """Counters by name."""
 
