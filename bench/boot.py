@@ -29,14 +29,18 @@ LIMIT_S = 60.0
 def measure(command: list[str]) -> tuple[float, float]:
     """Run `command`; seconds from its start to init's first line and to its end."""
     start = time.monotonic()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout is not None
     seen, init = b"", 0.0
     try:
         while True:
             left = start + LIMIT_S - time.monotonic()
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                raise TimeoutError(f"{command[0]} didn't end within {LIMIT_S:.0f} s:\n{seen[-2000:].decode()}")
+                raise TimeoutError(
+                    f"{command[0]} didn't end within {LIMIT_S:.0f} s:\n{seen[-2000:].decode()}"
+                )
             data = os.read(process.stdout.fileno(), 65536)
             if not data:
                 break
@@ -82,7 +86,9 @@ def table(rows: dict[str, dict[str, list[float]]]) -> None:
 
 def main() -> None:
     """Run the pairs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs of boots (default 7)")
     parser.add_argument("--json", metavar="FILE", help="write the raw figures")
     args = parser.parse_args()
@@ -115,7 +121,9 @@ def main() -> None:
                 rows[name]["end"].append(end)
         config = MachineConfig("soft", vmlinux, str(initrd), append, memory_bytes=MEMORY_MIB << 20)
         marks = phases(config)
-    version = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    version = subprocess.run(
+        [qemu, "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
     print(f"kernel {guest.kernel.version}, {MEMORY_MIB} MiB, 1 CPU, {args.pairs} pairs; {version}")
     table(rows)
     print("kvmkit's phases, ms since its start: " + ", ".join(f"{k} {v:.0f}" for k, v in marks.items()))

@@ -58,7 +58,9 @@ def boot(kernel: str, engine: str, number: int) -> float:
 
 def main() -> None:
     """Boot and count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=100, help="boots of each kernel (default 100)")
     parser.add_argument("--engine", default="soft", choices=("soft", "kvm", "auto"))
     parser.add_argument("--json", metavar="FILE", help="write the raw figures")
@@ -87,8 +89,7 @@ def main() -> None:
         failed += len(failures)
         print(
             f"{name:18}{args.count:>7}{len(failures):>8}{statistics.median(times or [0]):>8.2f}s"
-            f"{max(times or [0]):>8.2f}s   "
-            + ", ".join(f"{key} {first[key]} → {last[key]}" for key in first)
+            f"{max(times or [0]):>8.2f}s   " + ", ".join(f"{key} {first[key]} → {last[key]}" for key in first)
         )
         for failure in failures:
             print(f"  {failure}")
