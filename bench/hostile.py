@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import json
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -121,8 +122,10 @@ def main() -> int:
 
     start = time.monotonic()
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    messages: collections.Counter[str] = collections.Counter()
     failures: list[dict[str, Any]] = []
     exits = 0
+    slowest = (0.0, 0)
     crew = Crew(args)
     for done in range(1, args.count + 1):
         report = crew.reports.get()
@@ -133,6 +136,9 @@ def main() -> int:
         else:
             counts[report["kind"], report["end"]] += 1
             exits += report["exits"]
+            slowest = max(slowest, (report["seconds"], report["seed"]))
+            if report["message"]:
+                messages[re.sub(r"0x[0-9a-f]+|(?<![-\d])\d+", "N", report["message"])] += 1
         if done % 100 == 0 and sys.stderr.isatty():
             print(
                 f"\r{done}/{args.count} guests, {len(failures)} failures", end="", file=sys.stderr, flush=True
@@ -143,11 +149,24 @@ def main() -> int:
     for kind in hostile.KINDS:
         print(f"{kind:<12}" + "".join(f"{counts[kind, end]:>15}" for end in ends))
     print(f"{args.count} guests, {exits} exits, {len(failures)} failures, {seconds:.1f} s")
+    print(f"the longest took {slowest[0] * 1000:.0f} ms (seed {slowest[1]})")
+    for message, number in messages.most_common():
+        print(f"{number:>6}  {message}")
     if args.json:
         with open(args.json, "w") as file:
             table = {kind: {end: counts[kind, end] for end in ends} for kind in hostile.KINDS}
-            result = {"guests": args.count, "first_seed": args.seed, "seconds": seconds, "exits": exits}
-            json.dump({**result, "ends": table, "failures": failures}, file, indent=2)
+            result = {
+                "guests": args.count,
+                "first_seed": args.seed,
+                "seconds": seconds,
+                "exits": exits,
+                "longest_s": slowest[0],
+            }
+            json.dump(
+                {**result, "ends": table, "internal_errors": dict(messages), "failures": failures},
+                file,
+                indent=2,
+            )
     return 1 if failures else 0
 
 

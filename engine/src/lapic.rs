@@ -7,6 +7,7 @@
 use crate::cpu::{Res, Vcpu};
 use crate::pvclock::monotonic_ns;
 use crate::sys;
+use crate::timer;
 use crate::vm::{VcpuShared, Vm, request};
 use std::sync::Mutex;
 
@@ -170,7 +171,8 @@ impl State {
         self.get(reg::LVT_TIMER) >> 17 & 3
     }
     fn period_ns(&self) -> u64 {
-        self.get(reg::INITIAL_COUNT) as u64 * self.divider()
+        let period = self.get(reg::INITIAL_COUNT) as u64 * self.divider();
+        if period != 0 && self.timer_mode() == 1 { period.max(timer::MIN_PERIOD_NS) } else { period }
     }
     fn current_count(&self, now: u64) -> u32 {
         if self.expires_ns == 0 || self.timer_mode() == 2 {
@@ -652,4 +654,33 @@ impl Vcpu {
 /// Key of a vCPU's timer in `Timers`.
 pub fn timer_key(vcpu: u32) -> u64 {
     vcpu as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timer(lvt: u32, count: u32, divide: u32) -> u64 {
+        let lapic = Lapic::new(0, true);
+        let mut s = lapic.state.lock().unwrap();
+        s.set(reg::LVT_TIMER, lvt);
+        s.set(reg::INITIAL_COUNT, count);
+        s.set(reg::DIVIDE, divide);
+        s.period_ns()
+    }
+
+    #[test]
+    fn a_guest_cannot_make_the_timer_thread_spin() {
+        const PERIODIC: u32 = 1 << 17;
+        assert_eq!(timer(PERIODIC | 0x40, 1, 0xb), timer::MIN_PERIOD_NS);
+        assert_eq!(timer(PERIODIC | 0x40, 1_000_000, 0xb), 1_000_000);
+        assert_eq!(timer(PERIODIC | 0x40, 0, 0xb), 0);
+        assert_eq!(timer(0x40, 1, 0), 2, "one-shot: each needs an instruction of the guest's");
+    }
+
+    #[test]
+    fn dividers() {
+        let dividers: Vec<u64> = [0, 1, 2, 3, 8, 9, 0xa, 0xb].map(|d| timer(0, 1, d)).into();
+        assert_eq!(dividers, [2, 4, 8, 16, 32, 64, 128, 1]);
+    }
 }

@@ -10,6 +10,9 @@ use std::time::Duration;
 
 /// Keys below are vCPU ids (`lapic::timer_key`); these are others.
 pub const PIT: u64 = 1 << 32;
+/// A guest must not keep the host busy with a timer: periodic ones have at least this period (KVM's
+/// `min_timer_period_us`).
+pub const MIN_PERIOD_NS: u64 = 200_000;
 
 #[derive(Default)]
 struct Queue {
@@ -45,7 +48,7 @@ impl Timers {
         self.arm_with(vm, key, at_ns, None);
     }
     pub fn arm_periodic(&self, vm: &Arc<Vm>, key: u64, at_ns: u64, period_ns: u64) {
-        self.arm_with(vm, key, at_ns, Some(period_ns.max(1)));
+        self.arm_with(vm, key, at_ns, Some(period_ns.max(MIN_PERIOD_NS)));
     }
     fn arm_with(&self, vm: &Arc<Vm>, key: u64, at_ns: u64, period: Option<u64>) {
         let (queue, condvar) = &*self.shared;

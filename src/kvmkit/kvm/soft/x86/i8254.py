@@ -37,6 +37,10 @@ class Channel:
     gate: bool = True
     loaded_ns: int = 0
     loaded: bool = False
+    held_ns: int | None = None
+    """Since when a low gate has stopped it."""
+    triggered: bool = False
+    """Modes 1 and 5: the gate has risen since the count was written."""
     read_high: bool = False
     write_low: int | None = None
     latched: int | None = None
@@ -60,13 +64,14 @@ class I8254:
         self.speaker = 0
 
     def _ticks(self, ch: Channel) -> int:
-        return (self._clock() - ch.loaded_ns) * FREQUENCY_HZ // 10**9
+        now = self._clock() if ch.held_ns is None else ch.held_ns
+        return (now - ch.loaded_ns) * FREQUENCY_HZ // 10**9
 
     def current(self, n: int) -> int:
         """Return what counter `n` shows."""
         ch = self.channels[n]
-        if not ch.loaded or (not ch.gate and ch.mode not in (1, 5)):
-            return ch.count & 0xFFFF
+        if not ch.loaded or (ch.mode in (1, 5) and not ch.triggered):
+            return self._shown(ch, ch.count)
         ticks = self._ticks(ch)
         match ch.mode:
             case 2:
@@ -75,13 +80,21 @@ class I8254:
                 value = ch.count - ticks * 2 % ch.count
             case _:
                 value = ch.count - ticks
-        return value & 0xFFFF
+        return self._shown(ch, value)
+
+    @staticmethod
+    def _shown(ch: Channel, value: int) -> int:
+        if not ch.bcd:
+            return value & 0xFFFF
+        return sum(value // 10**i % 10 << 4 * i for i in range(4))
 
     def output(self, n: int) -> bool:
         """Return the level of counter `n`'s output."""
         ch = self.channels[n]
         if not ch.loaded:
             return ch.mode != 0
+        if (ch.mode in (1, 5) and not ch.triggered) or (ch.mode in (2, 3) and not ch.gate):
+            return True
         ticks = self._ticks(ch)
         match ch.mode:
             case 0 | 1:
@@ -98,7 +111,8 @@ class I8254:
             value = sum((value >> 4 * i & 0xF) * 10**i for i in range(4)) or 10000
         ch.count = value or 0x10000
         ch.loaded_ns = self._clock()
-        ch.loaded = True
+        ch.loaded, ch.triggered = True, False
+        ch.held_ns = None if ch.gate else ch.loaded_ns
         if n == 0:
             self._schedule()
 
@@ -145,15 +159,23 @@ class I8254:
         """Write one of `PORTS`."""
         if port == 0x61:
             self.speaker = value & 2
-            gate = bool(value & 1)
-            ch = self.channels[2]
-            if gate and not ch.gate and ch.mode in (1, 2, 3, 5):
-                ch.loaded_ns = self._clock()
-            ch.gate = gate
+            self._set_gate(self.channels[2], bool(value & 1))
         elif port == 0x43:
             self._control(value)
         else:
             self._write_counter(port & 3, value)
+
+    def _set_gate(self, ch: Channel, gate: bool) -> None:
+        now = self._clock()
+        if gate and not ch.gate:
+            if ch.mode in (0, 4):
+                ch.loaded_ns += now - ch.held_ns if ch.held_ns is not None else 0
+            else:
+                ch.loaded_ns, ch.triggered = now, ch.loaded
+            ch.held_ns = None
+        elif ch.gate and not gate and ch.mode not in (1, 5):
+            ch.held_ns = now
+        ch.gate = gate
 
     def _write_counter(self, n: int, value: int) -> None:
         ch = self.channels[n]
@@ -214,6 +236,7 @@ class I8254:
             ch.count = min(s.count, 0x10000) or 0x10000
             ch.mode, ch.bcd, ch.gate, ch.access = s.mode % 6, bool(s.bcd), bool(s.gate), s.rw_mode & 3 or 3
             ch.loaded, ch.loaded_ns = bool(s.count_load_time or s.count), now
+            ch.held_ns, ch.triggered = None if ch.gate else now, False
             ch.latched = s.latched_count if s.count_latched else None
             ch.status = s.status if s.status_latched else None
         self._schedule()
