@@ -47,6 +47,16 @@ _CANARY_BYTES = 16 * PAGE
 _MAX_EXITS = 200
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_size_t
+_libc.mmap.argtypes = (
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
+_MAP_FIXED = 0x10
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
@@ -64,12 +74,18 @@ class GuardedBlock(GuestMemory):
     def __init__(self, size_bytes: int) -> None:
         """Map it."""
         self.size_bytes = size_bytes
-        self.fd = -1
+        self.fd = os.memfd_create("hostile-guest", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size_bytes)
         edge = _CANARY_BYTES + _GUARD_BYTES
         self._mmap = mmap.mmap(-1, size_bytes + 2 * edge, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         whole = memoryview(self._mmap)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._mmap))
         self.address = base + edge
+        place = _libc.mmap(
+            self.address, size_bytes, 3, mmap.MAP_SHARED | _MAP_FIXED, self.fd, 0
+        )  # read, write
+        if place != self.address:
+            raise OSError(ctypes.get_errno(), "mmap of guest memory")
         self.view = whole[edge : edge + size_bytes]
         self._canaries = (whole[:_CANARY_BYTES], whole[size_bytes + 2 * edge - _CANARY_BYTES :])
         self._expected = Random(size_bytes).randbytes(_CANARY_BYTES)
@@ -90,6 +106,13 @@ class GuardedBlock(GuestMemory):
             if canary != self._expected:
                 at = next(i for i in range(_CANARY_BYTES) if canary[i] != self._expected[i])
                 raise CanaryError(f"byte {at:#x} of the canary {side} a block of {self.size_bytes:#x} bytes")
+
+    def close(self) -> None:
+        """Nothing: it lives as long as its arena, whatever a `MemoryMap` thinks."""
+
+    def __del__(self) -> None:
+        """Close the memfd; the mapping goes with the last view of it."""
+        os.close(self.fd)
 
     def clear(self) -> None:
         """Fill it with zeros."""
@@ -165,7 +188,8 @@ class _Limit:
 @dataclass(frozen=True)
 class Outcome:
     """How the guest of `seed` ended: `end` is the name of its last exit, "limit" (time), "exits" (too many of them) or
-    "refused" (a kernel that the loader refused). `seconds` is how long it ran."""
+    "refused" (a kernel that the loader refused). `seconds` is how long it ran.
+    """
 
     seed: int
     kind: str
