@@ -70,7 +70,12 @@ class Buses:
     def pio(self, exit_: Io) -> None:
         """Carry out a port access, of all its items if it comes from a string instruction."""
         port, size, data = exit_.port, exit_.size, exit_.data
-        if exit_.is_out:
+        if size == len(data) == 1:  # nearly all of them: a console costs two for each character
+            if exit_.is_out:
+                self.ports.write(port, 1, data[0])
+            else:
+                data[0] = self.ports.read(port, 1)
+        elif exit_.is_out:
             for i in range(0, len(data), size):
                 self.ports.write(port, size, int.from_bytes(data[i : i + size], "little"))
         else:

@@ -45,8 +45,8 @@ class Serial:
         Output waits at most about `delay_s` seconds for more to come; None is as long as the guest lets it (see above).
         """
         self._irq = irq
-        self._output = _Batches(write, delay_s)
         self._lock = threading.RLock()
+        self._output = _Batches(write, delay_s, self._lock)
         self._room = threading.Condition(self._lock)
         self._closed = False
         self._line = 0
@@ -65,8 +65,11 @@ class Serial:
 
     def read(self, offset: int, size: int) -> int:
         """Read a register; the UART is a byte wide, so wider reads give one register and zeros."""
+        if offset == 5 and not self._polls and not self._received and not self._overrun:
+            self._polls = 1  # by far the most frequent: ready to send, nothing received
+            return LSR_THRE | LSR_TEMT
         with self._lock:
-            if offset == 5:  # by far the most frequent
+            if offset == 5:
                 return self._read_lsr()
             self._polls = 0
             if self._lcr & LCR_DLAB and offset < 2:
@@ -128,14 +131,15 @@ class Serial:
 
     def flush(self) -> None:
         """Pass on what was sent."""
-        self._output.flush()
+        with self._lock:
+            self._output.flush()
 
     def close(self) -> None:
         """Pass on what was sent and release whoever waits in `feed`."""
         with self._room:
             self._closed = True
             self._room.notify_all()
-        self._output.close()
+            self._output.close()
 
     def _read_lsr(self) -> int:
         self._polls += 1
@@ -170,10 +174,12 @@ class Serial:
         else:
             self._output.add(value)
         # The register is empty again at once. Whoever saw the line high must see it fall in between.
-        self._thre_pending = False
-        self._update()
+        if self._ier & IER_THRI:
+            self._thre_pending = False
+            self._update()
         self._thre_pending = True
-        self._update()
+        if self._ier:
+            self._update()
 
     def _receive_looped(self, value: int) -> None:
         if len(self._received) < self._capacity():
@@ -249,13 +255,13 @@ class Serial:
 
 
 class _Batches:
-    """Collects bytes and passes them on together."""
+    """Collects bytes and passes them on together. Used with `lock` held: what comes later stays behind."""
 
-    def __init__(self, write: Callable[[bytes], None], delay_s: float | None) -> None:
+    def __init__(self, write: Callable[[bytes], None], delay_s: float | None, lock: threading.RLock) -> None:
         self._write = write
         self._delay_s = delay_s
         self._bytes = bytearray()
-        self._lock = threading.Lock()  # held while passing on: what comes later stays behind
+        self._lock = lock
         self._wake = threading.Event()
         self._idle = True
         self._closed = False
@@ -263,34 +269,28 @@ class _Batches:
 
     def add(self, value: int) -> None:
         """Add one byte."""
-        with self._lock:
-            self._bytes.append(value)
-            if value == 10 or len(self._bytes) >= 256:
-                self._pass_on()
-            elif self._idle and self._delay_s is not None:
-                self._idle = False
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="serial output", daemon=True)
-                    self._thread.start()
-                self._wake.set()
+        self._bytes.append(value)
+        if value == 10 or len(self._bytes) >= 256:
+            self.flush()
+        elif self._idle and self._delay_s is not None:
+            self._idle = False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="serial output", daemon=True)
+                self._thread.start()
+            self._wake.set()
 
     def flush(self) -> None:
         """Pass on what is there."""
         if self._bytes:
-            with self._lock:
-                self._pass_on()
+            data = bytes(self._bytes)
+            self._bytes.clear()
+            self._write(data)
 
     def close(self) -> None:
         """Pass on what is there and stop."""
         self.flush()
         self._closed = True
         self._wake.set()
-
-    def _pass_on(self) -> None:
-        if self._bytes:
-            data = bytes(self._bytes)
-            self._bytes.clear()
-            self._write(data)
 
     def _run(self) -> None:
         """While bytes come, pass them on every `delay_s`; sleep else."""
@@ -300,7 +300,7 @@ class _Batches:
             pause.wait(self._delay_s)
             with self._lock:
                 if self._bytes:
-                    self._pass_on()
+                    self.flush()
                 else:
                     self._idle = True
                     self._wake.clear()
