@@ -3,7 +3,9 @@
 import bz2
 import contextlib
 import lzma
+import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,6 +295,17 @@ def test_bad_initrds(memory: MemoryMap, file: File, tmp_path: Path) -> None:
         load_linux(memory, MEMORY, tmp_path / "nowhere", None, "")
 
 
+def test_no_regular_files(memory: MemoryMap, file: File, tmp_path: Path) -> None:
+    """They are refused, not waited for."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path, Path("/dev/null")):
+        with pytest.raises(KernelError, match=f"{path}: no regular file"):
+            load_linux(memory, MEMORY, path, None, "")
+        with pytest.raises(KernelError, match=f"{path}: no regular file"):
+            load_linux(memory, MEMORY, file(make_elf()), path, "")
+
+
 # What a mutation may do: any bytes at any place of the headers.
 MUTATIONS = st.lists(
     st.tuples(st.integers(0, 0x300), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6
@@ -393,6 +406,13 @@ def test_extract_mutated(mutations: list[tuple[int, bytes]], name: str) -> None:
         assert bzimage.extract_vmlinux(image)[:4] == b"\x7fELF"
     except KernelError as error:
         assert "bzImage" in str(error)
+
+
+def test_a_missing_library_is_not_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lz4.block", None)
+    payload = PACKERS["lz4"](VMLINUX) + len(VMLINUX).to_bytes(4, "little")
+    with pytest.raises(ImportError, match="lz4"):
+        bzimage.extract_vmlinux(make_bzimage(payload=payload))
 
 
 @pytest.mark.parametrize("memory_bytes", [0, MIB, 16 * MIB + 1])

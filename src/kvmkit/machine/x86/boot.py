@@ -6,6 +6,7 @@ the guest's random numbers.
 """
 
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,12 +53,19 @@ class _Loaded:
 
 
 class _File:
-    """A file of a user's, open."""
+    """A file of a user's, open. It is read out of order and its size is needed, so nothing but a regular file will do."""
 
     def __init__(self, path: str | Path) -> None:
         self.name = str(path)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size_bytes = os.fstat(self._fd).st_size
+        # Opening a FIFO would else wait for whoever writes it.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise KernelError(
+                f"{path}: no regular file (a directory, pipe or device): give a file, or copy it to one"
+            )
+        self.size_bytes = status.st_size
 
     def read(self, offset: int, size_bytes: int) -> bytes:
         return os.pread(self._fd, size_bytes, offset)

@@ -125,6 +125,8 @@ def extract_vmlinux(image: bytes, name: str = "bzImage") -> bytes:
         )
     try:
         vmlinux = _decompress(payload)
+    except (ImportError, MemoryError):
+        raise  # nothing is wrong with the file
     except Exception as error:  # each library has its own
         raise KernelError(f"{name}: its payload can't be unpacked ({error}): the file is damaged") from error
     if vmlinux[:4] != b"\x7fELF":
