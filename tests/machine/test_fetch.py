@@ -18,7 +18,9 @@ APT_GET = """#!/bin/sh
 echo "apt-get $*" >> "$FAKE/log"
 test -e "$APT_CONFIG" || exit 99
 case $1 in
-update) test ! -e "$FAKE/broken" || { echo "E: the sources are broken" >&2; exit 100; } ;;
+update)
+    test ! -e "$FAKE/offline" || printf 'Err:1 http://deb.invalid stable\\n  Could not connect:\\nReading package lists...\\n'
+    test ! -e "$FAKE/broken" || { echo "E: the sources are broken" >&2; exit 100; } ;;
 download)
     test ! -e "$FAKE/hang" || { echo hanging > "$FAKE/reached"; exec sleep 100; }
     for last; do :; done
@@ -170,6 +172,16 @@ def test_an_unknown_kernel(fake: Path) -> None:
         GuestError, match="apt's sources offer no linux-image-odd: give a kernel with --kernel"
     ):
         guest.fetch_kernel("linux-image-odd")
+
+
+def test_without_a_network(fake: Path) -> None:
+    """apt-get update succeeds all the same; the cause has to be told."""
+    (fake / "offline").touch()
+    with pytest.raises(
+        GuestError, match=r"\(http://deb.invalid stable Could not connect\).*network.*--kernel"
+    ):
+        guest.fetch_kernel("linux-image-odd")
+    assert guest.fetch_kernel().vmlinux.exists()  # another source offers it
 
 
 def test_a_cache_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,17 @@ class Apt:
         self._directory = directory
         self._progress = progress
         self._environment: dict[str, str] | None = None
+        self._failed_fetch = ""
 
     def download(self, package: str) -> tuple[Path, str, str]:
         """Download a package, or the kernel image that a metapackage depends on: file, name and version."""
         if self._environment is None:
             self._environment = self._set_up()
             self._progress("asking apt's sources for their package lists")
-            self._run(["apt-get", "update", "-q"], "apt-get update")
+            said = self._run(["apt-get", "update", "-q"], "apt-get update")
+            # A source that can't be reached is no failure to apt; it is one if what we want was there.
+            failed = re.search(r"^Err:\d+ (.*(?:\n .*)?)", said, re.MULTILINE)
+            self._failed_fetch = " ".join(failed[1].split()).rstrip(":") if failed else ""
         fields = self._show(package)
         image = re.search(r"\blinux-image-\d[^\s,(]*", fields.get("Depends", ""))
         if image and not re.match(r"linux-image-\d", package):
@@ -94,6 +98,11 @@ class Apt:
         try:
             text = self._run(["apt-cache", "show", "--no-all-versions", package], f"apt-cache show {package}")
         except GuestError as error:
+            if self._failed_fetch:
+                raise GuestError(
+                    f"apt can't reach all of its sources, and the others offer no {package} ({self._failed_fetch}): "
+                    f"see to the network, or {HINT}"
+                ) from error
             raise GuestError(f"apt's sources offer no {package}: {HINT}") from error
         fields = {}
         for line in text.split("\n\n")[0].splitlines():
