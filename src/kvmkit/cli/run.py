@@ -105,6 +105,8 @@ def run(
             stack.close()
             click.echo(f"kvmkit: the guest still ran after {timeout:g} s", err=True)
             sys.exit(EXIT_TIMEOUT)
+    if interactive:
+        click.echo(err=True)  # the guest left the cursor anywhere
     if verbose:
         follower.print_timeline(vm.timeline)
     sys.exit(_status(end, command, shown=any(event.name == "init" for event in vm.timeline)))
