@@ -4,10 +4,7 @@
 `setup_sects` + 1 sectors, with the header at 0x1f1, followed by the protected-mode code, which decompresses its payload.
 """
 
-import bz2
-import lzma
 import struct
-import zlib
 from dataclasses import dataclass
 
 from kvmkit.machine.x86.errors import KernelError
@@ -135,6 +132,10 @@ def extract_vmlinux(image: bytes, name: str = "bzImage") -> bytes:
 
 
 def _decompress(payload: memoryview) -> bytes:
+    import bz2  # here, because booting doesn't need them
+    import lzma
+    import zlib
+
     start = bytes(payload[:6])
     if start.startswith(b"\x1f\x8b"):
         gzip = zlib.decompressobj(31)
