@@ -1,9 +1,7 @@
 """A VM process from outside: start it, follow it, end it."""
 
 import fcntl
-import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -16,8 +14,24 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvmkit.errors import KvmkitError, VmError, VmTimeout
+from kvmkit.messages import MessageSocket
 
 _CLOSE_S = 5.0
+
+_EVENTS: dict[str, dict[str, type]] = {
+    "progress": {"text": str},
+    "refused": {"message": str},
+    "started": {"engine": str, "reason": str, "cmdline": str},
+    "entered": {},
+    "console": {},
+    "init": {},
+    "exit": {"status": int},
+    "ended": {"reason": str, "detail": str, "console_tail": str},
+    "error": {"message": str},
+}
+"""Events of a VM process (`kvmkit.vmm.control` says what they mean) and what they carry."""
+
+_REPEATED = {"progress", "refused"}
 
 
 @dataclass(frozen=True)
@@ -72,11 +86,10 @@ class Machine:
         """`on_event` is called, on the thread that waits, for each event as it is read."""
         self.config = config
         self.timeline: list[Event] = []
-        """All events so far but "progress", oldest first; the first is "spawned"."""
+        """What happened so far, "progress" apart, oldest first; the first is "spawned"."""
         self._on_event = on_event
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._received = b""
+        self._socket: MessageSocket | None = None
         self._end: End | None = None
 
     def start(self, timeout_s: float | None = None) -> None:
@@ -87,40 +100,48 @@ class Machine:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if self._process is not None:
             raise KvmkitError("this machine was started already")
-        ours, theirs = socket.socketpair()
-        passed = [theirs.fileno()]
-        message: dict[str, Any] = {
-            "engine": self.config.engine,
-            "kernel": self.config.kernel,
-            "initrd": self.config.initrd,
-            "append": self.config.append,
-            "memory_bytes": self.config.memory_bytes,
-            "command": self.config.command,
-            # The kernel ties a child's life to the thread that started it, which mustn't be a short one.
-            "die_with_parent": threading.current_thread() is threading.main_thread(),
-        }
+        passed: list[int] = []
+
+        def give(fd: int) -> int:
+            """Duplicate above 2, for there the child gets streams of its own."""
+            passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+            return passed[-1]
+
         try:
-            for key, fd in (("output_fd", self.config.output_fd), ("input_fd", self.config.input_fd)):
-                # Above 2, for there the child gets streams of its own.
-                passed.append(-1 if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
-                message[key] = passed[-1]
-            self._add("spawned", time.monotonic_ns(), {})
+            ours, theirs = socket.socketpair()
+            self._socket = MessageSocket(ours)
+            with theirs:
+                control_fd = give(theirs.fileno())
+            output_fd, input_fd = (
+                -1 if fd is None else give(fd) for fd in (self.config.output_fd, self.config.input_fd)
+            )
+            self._add(Event("spawned", time.monotonic_ns()))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kvmkit.vmm", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "kvmkit.vmm", str(control_fd)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[fd for fd in passed if fd >= 0],
+                pass_fds=passed,
             )
-        except BaseException:
-            ours.close()
-            raise
+        except OSError as error:
+            self.close()
+            raise VmError(f"can't start a VM process: {error}") from error
         finally:
-            theirs.close()
-            for fd in passed[1:]:
-                if fd >= 0:
-                    os.close(fd)
-        self._socket = ours
-        self._send(message)
+            for fd in passed:
+                os.close(fd)
+        self._send(
+            {
+                "engine": self.config.engine,
+                "kernel": self.config.kernel,
+                "initrd": self.config.initrd,
+                "append": self.config.append,
+                "memory_bytes": self.config.memory_bytes,
+                "command": self.config.command,
+                "output_fd": output_fd,
+                "input_fd": input_fd,
+                # The kernel ties a child's life to the thread that started it, which mustn't be a short one.
+                "die_with_parent": threading.current_thread() is threading.main_thread(),
+            }
+        )
         while not self._has("started"):
             self._next(deadline)
 
@@ -151,8 +172,7 @@ class Machine:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while self._end is None:
             self._next(deadline)
-        if self._process is not None:
-            self._process.wait()
+        self._reap()
         return self._end
 
     def stop(self) -> None:
@@ -170,13 +190,7 @@ class Machine:
         if self._socket is not None:
             self._socket.close()  # which it takes as its end, and ends what it has started first
             self._socket = None
-        if self._process is not None:
-            try:
-                self._process.wait(_CLOSE_S)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                self.kill()
+        self._reap()
 
     def __enter__(self) -> Self:
         """Start."""
@@ -194,44 +208,67 @@ class Machine:
         self.close()
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self._socket is not None:
+        messages = self._socket
+        if messages is not None:
             with suppress(OSError):  # the process is gone: reading will say how
-                self._socket.sendall((json.dumps(message) + "\n").encode())
+                messages.send(message)
 
     def _next(self, deadline: float | None) -> None:
         """Read one event and take it in."""
         if self._socket is None:
             raise KvmkitError("this machine isn't running")
-        while b"\n" not in self._received:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._socket], [], [], left)[0]:
-                raise VmTimeout("the machine still runs")
-            try:
-                data = self._socket.recv(65536)
-            except ConnectionResetError:
-                data = b""
-            if not data:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            message = self._socket.receive(left)
+            if message is None:
                 raise VmError(self._how_it_died())
-            self._received += data
-        line, self._received = self._received.split(b"\n", 1)
-        details = json.loads(line)
-        name, t_ns = details.pop("event"), details.pop("t_ns")
-        self._add(name, t_ns, details)
-        if name == "error":
-            raise VmError(details["message"])
-        if name == "ended":
-            status = self._details("exit")["status"] if self._has("exit") else None
-            self._end = End(details["reason"], details["detail"], status, details["console_tail"])
+            event = self._event(message)
+        except TimeoutError:
+            raise VmTimeout("the machine still runs") from None
+        except ValueError as error:
+            self.kill()
+            raise VmError(f"the VM process sent what it mustn't, and was killed: {error}") from None
+        self._add(event)
+        match event:
+            case Event("error"):
+                raise VmError(event.details["message"])
+            case Event("ended", details=details):
+                status = self._details("exit")["status"] if self._has("exit") else None
+                self._end = End(details["reason"], details["detail"], status, details["console_tail"])
+
+    def _event(self, message: dict[str, Any]) -> Event:
+        """Check a message; `ValueError` if it isn't an event that may come now."""
+        details = dict(message)
+        name, t_ns = details.pop("event", None), details.pop("t_ns", None)
+        if not isinstance(name, str) or name not in _EVENTS or not isinstance(t_ns, int):
+            raise ValueError(f"no such event: {message!r:.80}")
+        if details.keys() != _EVENTS[name].keys() or not all(
+            isinstance(details[key], type_) for key, type_ in _EVENTS[name].items()
+        ):
+            raise ValueError(f"event {name!r} can't carry {details!r:.80}")
+        if name not in _REPEATED and self._has(name):
+            raise ValueError(f"event {name!r} comes only once")
+        return Event(name, t_ns, details)
+
+    def _reap(self) -> int:
+        """Wait until the process is gone, which is about to end, or has had its time; return its status, -N for signal N."""
+        if self._process is None:
+            return 0
+        try:
+            return self._process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.kill()
+        return self._process.wait()
 
     def _how_it_died(self) -> str:
-        assert self._process is not None
-        status = self._process.wait()
+        status = self._reap()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"the VM process {how} without a word"
 
-    def _add(self, name: str, t_ns: int, details: dict[str, Any]) -> None:
-        event = Event(name, t_ns, details)
-        if name != "progress":
+    def _add(self, event: Event) -> None:
+        if event.name not in _REPEATED:
             self.timeline.append(event)
         if self._on_event is not None:
             self._on_event(event)

@@ -119,6 +119,10 @@ def output_of(
     command: list[str], what: str, directory: Path | None = None, environment: dict[str, str] | None = None
 ) -> str:
     """Run a command and return its stdout. `GuestError` with what it said if it fails; `what` names it there."""
+    if setpriv := shutil.which(
+        "setpriv"
+    ):  # of util-linux: the command shall not outlive us, killed as we may be
+        command = [setpriv, "--pdeathsig", "KILL", *command]
     done = subprocess.run(
         command,
         cwd=directory,

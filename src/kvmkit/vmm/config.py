@@ -1,7 +1,8 @@
 """What the client asks for: the first message on the control socket."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+import os
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 MIN_MEMORY_BYTES = 16 << 20
 MAX_MEMORY_BYTES = 64 << 30
@@ -28,10 +29,16 @@ class VmConfig:
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> "VmConfig":
         """Check a message; `ValueError` names what is wrong."""
-        known = {field.name for field in fields(cls)}
-        if unknown := message.keys() - known:
+        types = get_type_hints(cls)
+        if unknown := message.keys() - types.keys():
             raise ValueError(f"configuration: unknown {', '.join(sorted(unknown))}")
-        config = cls(**{**message, "command": tuple(message.get("command", ()))})
+        values = dict(message)
+        if "command" in values:
+            values["command"] = _words(values["command"])
+        for name, value in values.items():
+            if name != "command" and not _is(value, types[name]):
+                raise ValueError(f"configuration: {name} can't be {value!r:.80}")
+        config = cls(**values)
         if config.engine not in ("auto", "kvm", "linux", "soft"):
             raise ValueError(f"engine {config.engine!r}: auto, kvm or soft")
         if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES or config.memory_bytes % 4096:
@@ -43,4 +50,21 @@ class VmConfig:
             raise ValueError(
                 "a command runs in the default guest's initrd: give either a command or an initrd"
             )
+        for name in ("output_fd", "input_fd"):
+            if (fd := getattr(config, name)) >= 0:
+                try:
+                    os.fstat(fd)
+                except (OSError, OverflowError):
+                    raise ValueError(f"configuration: {name} {fd} isn't an open descriptor") from None
         return config
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+        raise ValueError(f"configuration: command can't be {value!r:.80}: a list of strings")
+    return tuple(value)
+
+
+def _is(value: object, type_: Any) -> bool:
+    """Whether a JSON value has a type; true and false are no numbers."""
+    return isinstance(value, type_) and (not isinstance(value, bool) or type_ is bool)

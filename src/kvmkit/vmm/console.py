@@ -126,9 +126,15 @@ def writer(fd: int, ending: Ending) -> Callable[[bytes], None]:
             try:
                 data = data[os.write(fd, data) :]
             except BlockingIOError:
-                select.select([], [fd], [])
+                _wait_until_writable(fd)
             except OSError as error:  # EPIPE; EIO from a terminal that hung up
                 ending.set(Reason.OUTPUT_CLOSED, f"the console's output: {error.strerror}")
                 return
 
     return write
+
+
+def _wait_until_writable(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()

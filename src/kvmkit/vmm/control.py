@@ -1,8 +1,9 @@
 """The control socket, on the side of the VM process.
 
-Events, in order where they come at all:
+Events, in order where they come at all, each once but the first two:
 
 - ``progress``: `text`, what takes its time just now (fetching a kernel);
+- ``refused``: `message`, why a request wasn't understood; nothing else came of it;
 - ``started``: the VM is built; `engine`, `reason` for that choice, `cmdline` of the kernel;
 - ``entered``: the first vCPU starts to run;
 - ``console``: the guest's first byte on the serial line;
@@ -12,12 +13,12 @@ Events, in order where they come at all:
 - ``error``: instead of ``ended``: `message` for people.
 """
 
-import json
 import socket
-import threading
 import time
 from contextlib import suppress
 from typing import Any
+
+from kvmkit.messages import MessageSocket
 
 
 class Control:
@@ -25,29 +26,13 @@ class Control:
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over a connected stream socket."""
-        self.sock = sock
-        self._lock = threading.Lock()
-        self._received = b""
-
-    def fileno(self) -> int:
-        """The socket, for select."""
-        return self.sock.fileno()
+        self._messages = MessageSocket(sock)
 
     def send(self, event: str, **details: Any) -> None:
         """Send an event with the time now. A client that is gone is no error: reading notices it."""
-        line = json.dumps({"event": event, "t_ns": time.monotonic_ns(), **details}) + "\n"
-        with self._lock, suppress(BrokenPipeError, ConnectionResetError):
-            self.sock.sendall(line.encode())
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._messages.send({"event": event, "t_ns": time.monotonic_ns(), **details})
 
     def receive(self) -> dict[str, Any] | None:
-        """Wait for the next message; None when the client has closed its end."""
-        while b"\n" not in self._received:
-            data = self.sock.recv(65536)
-            if not data:
-                return None
-            self._received += data
-        line, self._received = self._received.split(b"\n", 1)
-        message = json.loads(line)
-        if not isinstance(message, dict):
-            raise ValueError(f"a message must be a JSON object, not {line[:80]!r}")
-        return message
+        """Wait for the next message; None when the client has closed its end, `ValueError` if it isn't one."""
+        return self._messages.receive()

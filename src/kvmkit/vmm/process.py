@@ -1,6 +1,7 @@
 """One VM from its configuration to its end: what the VM process does."""
 
 import ctypes
+import json
 import os
 import select
 import signal
@@ -21,6 +22,25 @@ from kvmkit.vmm.loop import run_vcpu
 
 _PR_SET_PDEATHSIG = 1
 _JOIN_S = 5.0
+_UNWIND_S = 3.0
+
+
+class _Cancelled(BaseException):
+    """Raised in the main thread while the VM is being built: give up what has been begun, and clean up."""
+
+
+class _Stop:
+    """What SIGTERM does: while the VM is being built, it interrupts that; afterwards, it ends the VM."""
+
+    def __init__(self, ending: Ending) -> None:
+        self.building = True
+        self._ending = ending
+
+    def __call__(self, *_: object) -> None:
+        self._ending.set(Reason.STOPPED, "SIGTERM")
+        if self.building:
+            self.building = False  # a second one mustn't interrupt the cleaning up
+            raise _Cancelled
 
 
 def main(control_fd: int) -> int:
@@ -28,14 +48,20 @@ def main(control_fd: int) -> int:
     # Ctrl-C is the client's to handle. A handler, for what we start shall not inherit it as SIG_IGN would be.
     signal.signal(signal.SIGINT, lambda *_: None)
     ending = Ending()
-    signal.signal(signal.SIGTERM, lambda *_: ending.set(Reason.STOPPED, "SIGTERM"))
+    stop = _Stop(ending)
     control = Control(socket.socket(fileno=control_fd))
     try:
-        message = control.receive()
-        if message is None:
-            return 0
-        config = VmConfig.from_message(message)
-        run(config, control, ending)
+        try:
+            signal.signal(signal.SIGTERM, stop)
+            message = control.receive()
+            if message is None:
+                return 0
+            run(VmConfig.from_message(message), control, ending, stop)
+        finally:
+            stop.building = False  # reporting an error is not to be interrupted
+    except _Cancelled:
+        control.send("error", message=f"stopped while the VM was being built ({ending.detail})")
+        return 1
     except Exception as error:
         control.send("error", message=_describe(error))
         if not isinstance(error, (OSError, ValueError, ImportError, MemoryError)):
@@ -44,9 +70,9 @@ def main(control_fd: int) -> int:
     return 0
 
 
-def run(config: VmConfig, control: Control, ending: Ending) -> None:
+def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None:
     """Build the VM, run it to its end and report on the way."""
-    watcher = threading.Thread(target=_watch, args=(control, ending), name="control", daemon=True)
+    watcher = threading.Thread(target=_watch, args=(control, ending, stop), name="control", daemon=True)
     watcher.start()  # from now on the client may go away, while a kernel is being fetched too
     engine, why = (config.engine, "asked for") if config.engine != "auto" else choose_engine()
     panicked = False
@@ -65,6 +91,7 @@ def run(config: VmConfig, control: Control, ending: Ending) -> None:
         with build(
             system, config, console.feed, ending, lambda text: control.send("progress", text=text)
         ) as vm:
+            stop.building = False
             control.send("started", engine=system.engine, reason=why, cmdline=vm.cmdline)
             # From here on there is nothing of ours that has to be ended first: see `_watch`.
             if config.die_with_parent:
@@ -101,23 +128,53 @@ def run_vcpus(vm: Booted, config: VmConfig, control: Control, ending: Ending) ->
 
 
 def _pump(fd: int, vm: Booted) -> None:
-    """Give the serial line what comes in on `fd`; the end of it is no end of the VM."""
-    while data := os.read(fd, 4096):
+    """Give the serial line what comes in on `fd`; the end of it is no end of the VM, nor is a terminal that hung up."""
+    readable = select.poll()
+    readable.register(fd, select.POLLIN)
+    while True:
+        readable.poll()  # whoever shares it may have made it non-blocking
+        try:
+            data = os.read(fd, 4096)
+        except BlockingIOError:
+            continue
+        except OSError:
+            return
+        if not data:
+            return
         vm.serial_input(data)
 
 
-def _watch(control: Control, ending: Ending) -> None:
+def _watch(control: Control, ending: Ending, stop: _Stop) -> None:
     """Carry out requests; end the process when the client is gone."""
-    try:
-        while (message := control.receive()) is not None:
-            if message.get("request") == "stop":
-                ending.set(Reason.STOPPED, "asked for")
-    except (OSError, ValueError):
-        pass
-    for task in Path("/proc/self/task").iterdir():  # a download
+    while True:
+        try:
+            message = control.receive()
+        except ValueError as error:
+            control.send("refused", message=str(error))
+            continue
+        except OSError:
+            break
+        if message is None:
+            break
+        if message == {"request": "stop"}:
+            _end(ending, stop, "asked for")
+        else:
+            control.send("refused", message=f"no such request: {json.dumps(message):.80}")
+    if _end(ending, stop, "the client is gone"):
+        time.sleep(_UNWIND_S)  # the main thread ends the process before that, its downloads cleaned up
+    for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
-    os._exit(1)  # nobody is left to report to, and a VM owns nothing that outlives its process
+    os._exit(1)  # nobody is left to report to, and a VM that runs owns nothing that outlives its process
+
+
+def _end(ending: Ending, stop: _Stop, why: str) -> bool:
+    """End the VM, or the building of it; whether it was that."""
+    ending.set(Reason.STOPPED, why)
+    building = stop.building
+    if building:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return building
 
 
 def _describe(error: Exception) -> str:
