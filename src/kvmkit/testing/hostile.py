@@ -339,6 +339,16 @@ class _Hostile:
             & (1 << 64) - 1
         )
 
+    def edge(self) -> int:
+        """An address just before or behind the end of a block, or before its start."""
+        r = self.random
+        if r.random() < 0.2:
+            return self.pointer()
+        gpa, block = r.choice(self.blocks[: 1 + 3 * (r.random() < 0.3)])
+        if r.random() < 0.9:
+            gpa += block.size_bytes
+        return (gpa - r.choice((1, 2, 3, 4, 7, 8, 15, 16, 31, 32, r.randrange(512)))) & (1 << 64) - 1
+
     def attempt(self, call: Callable[[], object]) -> None:
         """Call what may refuse its arguments, as KVM may."""
         try:
@@ -359,7 +369,7 @@ class _Hostile:
     def make_accesses(self) -> None:
         """Every access near the edges of memory, by all widths."""
         self.enter()
-        self.code(access_code(self.random, self.bits, 400, self.pointer))
+        self.code(access_code(self.random, self.bits, 400, self.edge))
 
     def make_control(self) -> None:
         self.enter()

@@ -124,6 +124,10 @@ _ACCESS_CODES = """
 _ACCESSES = [bytes.fromhex(code) for code in _ACCESS_CODES.split()]
 
 
+_STRING_CODES = "f3a4 f3a5 f348a5 f3aa f3ab f348ab f3a6 f2ae f36c f36e a5 ab"
+_STRINGS = [bytes.fromhex(code) for code in _STRING_CODES.split()]
+
+
 def access_code(r: Random, bits: int, count: int, pointer: Callable[[], int]) -> bytes:
     """Return `count` accesses of memory through rdi and rsi, which often point at the edge of something."""
     out = b""
@@ -134,7 +138,7 @@ def access_code(r: Random, bits: int, count: int, pointer: Callable[[], int]) ->
             out += _load(r, bits, 1, r.choice((0, 1, 7, 300, 5000, r.getrandbits(16))))
         if r.random() < 0.05:
             out += r.choice((b"\xfd", b"\xfc"))
-        out += r.choice(_ACCESSES)
+        out += r.choice(_ACCESSES if r.random() < 0.8 else _STRINGS)
         if r.random() < 0.1:
             out += instruction(r, bits)
     return _loop(out, bits)
