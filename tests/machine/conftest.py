@@ -4,6 +4,7 @@ import gzip
 import shutil
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,20 @@ def boot_in_qemu(guest: DefaultGuest, tmp_path: Path) -> Callable[..., bytes]:
             "-append", "console=ttyS0 tsc_early_khz=2600000 lpj=10400000 reboot=t panic=-1 quiet",
         ]
         # fmt: on
-        return subprocess.run(command, input=typed, capture_output=True, timeout=120, check=True).stdout
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None
+            timer = threading.Timer(120, process.kill)
+            timer.start()
+            console = b""
+            if typed:  # at the prompt: QEMU's UART loses what comes before Linux opened it
+                while not console.endswith(b" # ") and (byte := process.stdout.read(1)):
+                    console += byte
+                process.stdin.write(typed)
+            process.stdin.close()
+            console += process.stdout.read()
+            timer.cancel()
+        assert process.returncode == 0, console
+        return console
 
     return boot
 
