@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CARGO := cargo
 MANIFEST := --manifest-path engine/Cargo.toml
 RUST := engine/Cargo.toml engine/Cargo.lock $(shell find engine/src -name '*.rs')
-WRITTEN := src tests $(wildcard bench)
+WRITTEN := src tests bench
 
 .DELETE_ON_ERROR:
 .PHONY: build demo test lint bench wheel clean
@@ -15,25 +15,30 @@ WRITTEN := src tests $(wildcard bench)
 build: $(VENV)/.built
 
 $(VENV)/.created:
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kvmkit needs Python 3.11 or newer"'
-	$(PYTHON) -m venv $(VENV) || { echo 'make: no venv module: apt-get install python3-venv' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("make: kvmkit needs Python 3.11 or newer: make PYTHON=...") if sys.version_info < (3, 11) else 0'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || tools/need ensurepip=python3-venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'maturin>=1.7,<2'
 	touch $@
 
 # The engine and the tools, in place: changes of Python files need no new build.
 $(VENV)/.built: $(VENV)/.created pyproject.toml $(RUST)
-	@command -v $(CARGO) >/dev/null || { echo 'make: no cargo: install Rust 1.85 or newer (https://rustup.rs)' >&2; exit 1; }
+	@tools/need cc=gcc cargo=cargo-web || { echo 'make: building takes Rust 1.85 or newer (https://rustup.rs); a wheel of kvmkit needs none' >&2; exit 1; }
 	$(BIN)/maturin develop --release --extras dev
+	$(BIN)/python -m compileall -q src
 	touch $@
 
 demo: build
-	$(BIN)/kvmkit run --verbose -- sh -c 'uname -a; head -n 9 /proc/cpuinfo'
+	$(BIN)/kvmkit run --verbose -- sh -c 'uname -a; head -n 12 /proc/cpuinfo'
 
 test: lint
+	@tools/need cc=gcc as=binutils
+	@tools/need --optional cpio=cpio iasl=acpica-tools
 	$(CARGO) test --release $(MANIFEST) --no-default-features
 	$(BIN)/pytest -q
 
 lint: build
+	@tools/need cargo-fmt=rustfmt-web cargo-clippy=rust-web-clippy
 	$(BIN)/ruff check $(WRITTEN)
 	$(BIN)/ruff format --check $(WRITTEN)
 	$(BIN)/mypy
@@ -41,7 +46,8 @@ lint: build
 	$(CARGO) clippy --release $(MANIFEST) --no-default-features --all-targets -- -D warnings
 
 bench: build
-	@for program in $(wildcard bench/[a-z]*.py); do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+	@tools/need --optional qemu-system-x86_64=qemu-system-x86
+	@for program in bench/[a-z]*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 wheel: $(VENV)/.created
 	$(BIN)/maturin build --release --out dist

@@ -1,6 +1,8 @@
 """The command line without a guest: options, help, info."""
 
+import errno
 import json
+import os
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +14,7 @@ from kvmkit.client import End
 
 def test_help_names_the_exit_codes() -> None:
     text = CliRunner().invoke(commands, ["run", "--help"]).output
+    assert "kvmkit run -- uname -a   " in text
     for line in ("  124  the timeout", "  125  kvmkit failed", "  126  the guest died"):
         assert line in text
 
@@ -43,11 +46,18 @@ def test_wrong_memory(text: str) -> None:
         ("panic", None, (), 126),
         ("triple-fault", None, (), 126),
         ("engine", 0, ("true",), 125),
-        ("output-closed", None, ("true",), 141),
     ],
 )
 def test_exit_status(reason: str, status: int | None, command: tuple[str, ...], code: int) -> None:
     assert _status(End(reason, "", status, ""), command) == code
+
+
+@pytest.mark.parametrize(("error", "code"), [(errno.EPIPE, 141), (errno.ENOSPC, 125)])
+def test_output_that_cant_be_written(error: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader that went away is as usual, a full disk is not."""
+    detail = f"the console's output: {os.strerror(error)}"
+    assert _status(End("output-closed", detail, None, ""), ("true",)) == code
+    assert (detail in capsys.readouterr().err) is (code == 125)
 
 
 def test_info() -> None:

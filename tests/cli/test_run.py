@@ -253,3 +253,11 @@ def test_stdout_is_a_socket(run_kvmkit: Run, kernel: Kernel, engine: str) -> Non
     assert read_until(ours.fileno(), b"hello") == b"hello"
     assert running.finish()[0] == 0
     ours.close()
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream(engine: str, run_kvmkit: Run, kernel: Kernel, closed: int) -> None:
+    """It is as /dev/null; nothing of ours takes its place."""
+    path = kernel(puts("hello") + "\nreset\n1: jmp 1b")
+    status, out, err = run_kvmkit(*arguments(engine, path), preexec_fn=lambda: os.close(closed)).finish()
+    assert (status, out, err) == (0, b"" if closed == 1 else b"hello", "")

@@ -1,5 +1,6 @@
 """The command line: one file a verb."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -26,6 +27,7 @@ commands.add_command(info)
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    _open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
@@ -39,6 +41,13 @@ def main() -> NoReturn:
         click.echo(f"kvmkit: {error}", err=True)
         sys.exit(EXIT_KVMKIT)
     sys.exit(0)
+
+
+def _open_standard_streams() -> None:
+    """Have 0, 1 and 2 stand for something: if one is closed, what we open next would be taken for it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

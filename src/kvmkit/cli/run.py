@@ -1,5 +1,6 @@
 """``kvmkit run``: boot a Linux; run a command in it, or use its console."""
 
+import errno
 import os
 import re
 import sys
@@ -42,7 +43,7 @@ class Memory(click.ParamType[int]):
 _FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command()
 @click.option(
     "--engine",
     type=click.Choice(["auto", "kvm", "soft"]),
@@ -69,9 +70,21 @@ def run(
 ) -> None:
     """Boot a Linux and run COMMAND in it, or use its console.
 
-    With COMMAND (after --), the default guest boots (on your kernel with --kernel), runs it as root, and its output and exit status become kvmkit's. Without,
-    on a terminal, you are on the guest's console: Ctrl-A x ends it, Ctrl-A Ctrl-A types Ctrl-A. Else the console goes to
-    stdout byte by byte until the guest powers off or resets.
+    With COMMAND (after --), the default guest boots, on your kernel with --kernel, and runs it as root; its output and
+    exit status become kvmkit's. Without, on a terminal, you are on the guest's console: Ctrl-A x ends it, Ctrl-A Ctrl-A
+    types Ctrl-A. Else what comes in on stdin is typed on the console, and the console goes to stdout byte by byte,
+    until the guest powers off or resets.
+
+    The default guest is Debian's cloud kernel and busybox, fetched once with this machine's apt into ~/.cache/kvmkit.
+
+    \b
+    Examples:
+      kvmkit run -- uname -a                            a command in the default guest
+      kvmkit run -- sh -c 'dmesg | tail -n 5; exit 3'   a script; kvmkit exits with 3
+      kvmkit run                                        a shell on its console
+      kvmkit run --verbose --timeout 60 -- true         where the time goes, 60 s at most
+      kvmkit run --kernel vmlinuz --initrd initrd.img   a system of your own
+      kvmkit run --kernel vmlinux >console.log          its console into a file
 
     \b
     Exit status:
@@ -142,6 +155,9 @@ def _status(end: End, command: tuple[str, ...], *, shown: bool = False) -> int:
         click.echo(f"kvmkit: the engine can't go on: {end.detail}", err=True)
         return EXIT_KVMKIT
     if end.reason == "output-closed":
+        if os.strerror(errno.EPIPE) not in end.detail:
+            click.echo(f"kvmkit: {end.detail}", err=True)
+            return EXIT_KVMKIT
         return EXIT_OUTPUT_CLOSED
     if end.status is not None and (command or end.reason == "exit"):
         return end.status
@@ -174,7 +190,7 @@ class Follower:
 
     def __init__(self, verbose: bool) -> None:
         """With `verbose`, or on a terminal, progress is shown."""
-        self._progress = verbose or sys.stderr.isatty()
+        self._progress = verbose or os.isatty(2)
 
     def __call__(self, event: Event) -> None:
         """Take an event of the machine."""
