@@ -79,7 +79,9 @@ echo '{INIT_MARKER}'
 mount -a
 . /etc/environment
 if [ -e /etc/command ]; then
-    setsid cttyhack sh /etc/command
+    # When the terminal's session leader ends, Linux drops what the terminal has not sent yet: the leader waits for
+    # that first. stty does, before it changes anything.
+    setsid cttyhack sh -c 'sh /etc/command; status=$?; stty echo; exit $status'
     status=$?
     echo
     echo "{EXIT_MARKER} $status"
