@@ -258,6 +258,13 @@ def test_tables_are_in_place(machine: MakeMachine) -> None:
     assert len(vm.board.vcpus) == 2
 
 
+def test_virtual_wire(machine: MakeMachine) -> None:
+    """As the MADT says, LINT1 is NMI; LINT0 lets the i8259s through. Both are unmasked on the boot processor."""
+    lapic = machine(cpus=2).board.vcpus[0].get_lapic()
+    assert struct.unpack_from("<I", lapic, 0x350) == (0x700,)
+    assert struct.unpack_from("<I", lapic, 0x360) == (0x400,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "pvh", "command", "end"),

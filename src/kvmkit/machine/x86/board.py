@@ -29,6 +29,9 @@ _BOOT_CS, _BOOT_DS, _BOOT_TSS = 0x10, 0x18, 0x20
 _MSR_MISC_ENABLE, _FAST_STRINGS = 0x1A0, 1 << 0
 _MSR_MTRR_DEF_TYPE, _MTRR_ENABLED, _MTRR_WRITE_BACK = 0x2FF, 1 << 11, 6
 
+_LVT_LINT0, _LVT_LINT1 = 0x350, 0x360
+_DELIVER_NMI, _DELIVER_EXTINT = 4 << 8, 7 << 8
+
 _PRESENT, _WRITABLE, _LARGE = 1, 2, 1 << 7
 
 
@@ -90,6 +93,7 @@ class X86Board:
                     (_MSR_MTRR_DEF_TYPE, _MTRR_ENABLED | _MTRR_WRITE_BACK),
                 ):
                     vcpu.set_msrs({msr: value})
+            _virtual_wire(self.vcpus[0])
         except BaseException:
             self.close()
             raise
@@ -179,6 +183,18 @@ def _interrupts_and_timers(vm: Vm) -> None:
                 routes.append(irqchip_route(gsi, gsi // 8, gsi % 8))
             routes.append(irqchip_route(gsi, x86.KVM_IRQCHIP_IOAPIC, 2 if gsi == 0 else gsi))
     vm.set_gsi_routing(routes)
+
+
+def _virtual_wire(vcpu: Vcpu) -> None:
+    """Let the i8259s and NMI through the boot processor's local APIC, as firmware does (MultiProcessor Specification 1.4,
+    section 3.6.2.2, "Virtual Wire Mode").
+
+    The others need none of it: the INIT that wakes them resets their local APICs.
+    """
+    lapic = vcpu.get_lapic()
+    struct.pack_into("<I", lapic, _LVT_LINT0, _DELIVER_EXTINT)
+    struct.pack_into("<I", lapic, _LVT_LINT1, _DELIVER_NMI)
+    vcpu.set_lapic(lapic)
 
 
 def _descriptor(segment: x86.kvm_segment) -> int:
