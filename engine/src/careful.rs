@@ -8,7 +8,6 @@
 //! Integer instructions run on a second, small `Cpu` and leave the vector registers alone, so that helpers of
 //! translated code can come here while the guest's vector state is in the host's registers.
 
-use crate::access;
 use crate::cpu::{Cpu, Exit, Res, Stop, Vcpu};
 use crate::helpers::{pack_flags, unpack_flags};
 use crate::interp::{effective, segment_index};
@@ -16,6 +15,7 @@ use crate::run::{self, leave};
 use crate::segment;
 use crate::signal;
 use crate::thunks;
+use crate::{access, mmu};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind};
 
 /// FNSAVE's 108 bytes are the longest operand; vectors have 32.
@@ -49,6 +49,7 @@ fn access_of(i: &Instruction) -> (usize, bool, bool) {
 
 /// Run `i`; the caller moves rip. `integer`: it touches neither x87 nor vector state.
 pub fn run_instruction(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer: bool) -> Res<()> {
+    make_room(v);
     let (size, _, write) = access_of(i);
     if size == 0 {
         return execute(v, i, bytes, integer, 0);
@@ -63,9 +64,18 @@ pub fn run_instruction(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer:
     run_at(v, i, bytes, la, integer)
 }
 
+/// Make sure that `execute` finds room. Waits for a safepoint if it doesn't, so no host address may be held.
+fn make_room(v: &mut Vcpu) {
+    if v.vm.cache.lock().unwrap().is_full() {
+        let vm = v.vm.clone();
+        vm.exclusive(Some(&v.shared), || vm.drop_all_code());
+        v.refresh();
+    }
+}
+
 /// Run `i` with its memory operand at linear address `la`.
-pub fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool) -> Res<()> {
-    let (size, read, write) = access_of(i);
+fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool) -> Res<()> {
+    let (size, _, write) = access_of(i);
     let mode = v.cpu.mmu_mode();
     if size > OPERAND_BYTES {
         return Err(Exit::InternalError(format!("operand of {size} bytes of {:?}", i.code())).into());
@@ -79,6 +89,33 @@ pub fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer:
         access::written(v, &slot, gpa, size as u64);
         return Ok(());
     }
+    let locked = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
+    if locked && integer && v.vm.vcpus.read().unwrap().len() > 1 && is_plain_memory(v, la, size, mode)? {
+        // Atomic across two pages: nobody else runs meanwhile.
+        let (vm, shared) = (v.vm.clone(), v.shared.clone());
+        return vm.exclusive(Some(&shared), || {
+            v.refresh();
+            on_copy(v, i, bytes, la, integer, mode)
+        });
+    }
+    on_copy(v, i, bytes, la, integer, mode)
+}
+
+/// Is all of `[la, la + size)` memory whose writing concerns nobody else (no code, no device)?
+fn is_plain_memory(v: &mut Vcpu, la: u64, size: usize, mode: usize) -> Res<bool> {
+    for end in [la, la.wrapping_add(size as u64 - 1)] {
+        let gpa = mmu::walk(v, end, mmu::Intent::Write, mode)?.gpa;
+        if v.vm.code.has(gpa) || v.is_lapic(gpa) || v.slots.find(gpa).is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Run `i` on a copy of its operand.
+fn on_copy(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool, mode: usize) -> Res<()> {
+    let (size, read, write) = access_of(i);
+    let scrubbed = host_pointers(i);
     let mut buffer = Buffer([0; OPERAND_BYTES + 64]);
     let at = (la & 63) as usize;
     if write {
@@ -134,16 +171,7 @@ fn encodable(i: &Instruction) -> Instruction {
 
 /// Run `i` natively with its memory operand at host address `operand`.
 fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer: bool, operand: u64) -> Res<()> {
-    let vm = v.vm.clone();
-    let mut cache = vm.cache.lock().unwrap();
-    if cache.is_full() {
-        drop(cache);
-        vm.exclusive(Some(&v.shared), || vm.drop_all_code());
-        v.refresh();
-        cache = vm.cache.lock().unwrap();
-    }
-    let host = cache.careful(&encodable(i), &bytes[..i.len()], integer);
-    drop(cache);
+    let host = v.vm.cache.lock().unwrap().careful(&encodable(i), &bytes[..i.len()], integer);
     let ended = if integer {
         let flags = v.cpu.aflags;
         let gpr = v.cpu.gpr;

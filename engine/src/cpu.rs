@@ -632,7 +632,12 @@ impl Vcpu {
     }
     /// After a safepoint: take up what may have changed.
     pub fn refresh(&mut self) {
-        self.slots = self.vm.slots.read().unwrap().clone();
+        let slots = self.vm.slots.read().unwrap().clone();
+        if !Arc::ptr_eq(&slots, &self.slots) {
+            // The TLBs were emptied with the change; the fetch cache is this thread's own.
+            self.slots = slots;
+            crate::mmu::flush_all(self);
+        }
         self.generation = self.vm.cache.lock().unwrap().generation;
     }
 }

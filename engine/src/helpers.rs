@@ -73,9 +73,11 @@ fn write_beside_code(v: &mut Vcpu, address: u64, size: u64, mode: usize, return_
     }
     let overlaps = vm.cache.lock().unwrap().overlaps(gpa, gpa + size - 1);
     if overlaps {
+        let generation = v.generation;
         vm.note_write(Some(&v.shared), gpa, size);
-        let cache = vm.cache.lock().unwrap();
-        if !cache.is_valid_at(return_pc) || cache.generation != v.generation {
+        v.refresh();
+        // A change of the memory slots in between took all code along, and with it what `p` was.
+        if v.generation != generation || !vm.cache.lock().unwrap().is_valid_at(return_pc) {
             return None;
         }
     }
