@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 from kvmkit import kvm
 from kvmkit.kvm.probe import choose_engine
@@ -162,9 +161,6 @@ def _watch(control: Control, ending: Ending, stop: _Stop) -> None:
             control.send("refused", message=f"no such request: {json.dumps(message):.80}")
     if _end(ending, stop, "the client is gone"):
         time.sleep(_UNWIND_S)  # the main thread ends the process before that, its downloads cleaned up
-    for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
     os._exit(1)  # nobody is left to report to, and a VM that runs owns nothing that outlives its process
 
 
