@@ -55,6 +55,11 @@ def test_a_command(run_kvmkit: Run, command: list[str], status: int, out: bytes 
     assert run_kvmkit(*BOOT, "--", *command).finish() == (status, out, "")
 
 
+def test_processors(run_kvmkit: Run) -> None:
+    script = "nproc; for n in 1 2 3; do (true | cat) & done; wait; grep -c 'RES:\\|CAL:' /proc/interrupts"
+    assert run_kvmkit(*BOOT, "--cpus", "2", "--", "sh", "-c", script).finish() == (0, b"2\n2\n", "")
+
+
 def test_the_time_line(run_kvmkit: Run) -> None:
     status, out, err = run_kvmkit(
         *BOOT, "--verbose", "--append", "quirk=1", "--", "cat", "/proc/cmdline"

@@ -55,6 +55,9 @@ _FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
 @click.option("--initrd", type=_FILE, help="An initial RAM disk for --kernel.")
 @click.option("--append", default="", help="Added to the kernel's command line.")
 @click.option("--memory", type=Memory(), default="256M", show_default=True, help="The guest's memory.")
+@click.option(
+    "--cpus", type=click.IntRange(1, 64), default=1, show_default=True, help="The guest's processors."
+)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds until it is ended.")
 @click.option("--verbose", is_flag=True, help="Print the kernel command line and a time line (on stderr).")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -64,6 +67,7 @@ def run(
     initrd: str | None,
     append: str,
     memory: int,
+    cpus: int,
     timeout: float | None,
     verbose: bool,
     command: tuple[str, ...],
@@ -96,15 +100,17 @@ def run(
     """  # noqa: D301 - click wants the character itself
     interactive = not command and os.isatty(0) and os.isatty(1)
     follower = Follower(verbose)
-    config = MachineConfig(engine, kernel, initrd, append, memory, command, output_fd=1)
+    config = MachineConfig(engine, kernel, initrd, append, memory, command, output_fd=1, cpus=cpus)
     with ExitStack() as stack:
         if interactive:
             click.echo("The guest's console. Ctrl-A x ends it.", err=True)
             reading, typed = os.pipe()
             stack.callback(os.close, reading)
-            config = MachineConfig(engine, kernel, initrd, append, memory, output_fd=1, input_fd=reading)
+            config = MachineConfig(
+                engine, kernel, initrd, append, memory, output_fd=1, input_fd=reading, cpus=cpus
+            )
         elif not command and not os.isatty(0):
-            config = MachineConfig(engine, kernel, initrd, append, memory, output_fd=1, input_fd=0)
+            config = MachineConfig(engine, kernel, initrd, append, memory, output_fd=1, input_fd=0, cpus=cpus)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             vm = stack.enter_context(_started(Machine(config, follower), timeout))

@@ -52,6 +52,8 @@ class MachineConfig:
     """Where the serial console's output goes; duplicated, so that it may be closed. None drops it."""
     input_fd: int | None = None
     """What is typed on the serial console, until its end. None is nothing."""
+    cpus: int = 1
+    """vCPUs, each a thread of the VM process."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Machine:
                 "initrd": self.config.initrd,
                 "append": self.config.append,
                 "memory_bytes": self.config.memory_bytes,
+                "cpus": self.config.cpus,
                 "command": self.config.command,
                 "output_fd": output_fd,
                 "input_fd": input_fd,

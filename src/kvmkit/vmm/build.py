@@ -58,6 +58,7 @@ def build(
             system,
             vm,
             memory_bytes=config.memory_bytes,
+            cpus=config.cpus,
             serial_write=serial_write,
             on_reset=lambda: ending.set(Reason.RESET),
             on_power_off=lambda: ending.set(Reason.POWER_OFF),

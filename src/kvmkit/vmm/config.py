@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 MIN_MEMORY_BYTES = 16 << 20
 MAX_MEMORY_BYTES = 64 << 30
+MAX_CPUS = 64
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class VmConfig:
     append: str = ""
     """Added to the kernel's command line."""
     memory_bytes: int = 256 << 20
+    cpus: int = 1
     command: tuple[str, ...] = ()
     """Run in the default guest; empty is an interactive shell there."""
     output_fd: int = -1
@@ -41,6 +43,8 @@ class VmConfig:
         config = cls(**values)
         if config.engine not in ("auto", "kvm", "linux", "soft"):
             raise ValueError(f"engine {config.engine!r}: auto, kvm or soft")
+        if not 1 <= config.cpus <= MAX_CPUS:
+            raise ValueError(f"{config.cpus} vCPUs: from 1 to {MAX_CPUS}")
         if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES or config.memory_bytes % 4096:
             raise ValueError(
                 f"memory of {config.memory_bytes} bytes: whole pages from {MIN_MEMORY_BYTES >> 20} MiB "
