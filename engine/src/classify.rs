@@ -131,6 +131,14 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         {
             Class::Interpret
         }
+        // Raises what an x87 instruction before it left pending.
+        Wait => {
+            if features.x87 {
+                Class::Plain
+            } else {
+                Class::InterpretEnd
+            }
+        }
         Hlt => Class::Hlt,
         Jo | Jno | Jb | Jae | Je | Jne | Jbe | Ja | Js | Jns | Jp | Jnp | Jl | Jge | Jle | Jg => {
             if i.op0_kind() == OpKind::NearBranch64 { Class::Jcc } else { Class::InterpretEnd }
