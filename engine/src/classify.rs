@@ -183,6 +183,8 @@ fn vector(i: &Instruction, features: Features, memory: bool) -> Class {
     }
     let allowed = |f: CpuidFeature| match f {
         CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX => features.x87,
+        // FCMOVcc and FCOMI, beside the FPU.
+        CpuidFeature::CMOV => features.x87,
         CpuidFeature::SSE
         | CpuidFeature::SSE2
         | CpuidFeature::SSE3

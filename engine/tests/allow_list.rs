@@ -1,46 +1,12 @@
 //! The allow-list holds what it promises: a copied instruction has no effect beside its operands, the implicit
 //! registers whose homes are the guest's own, flags, and x87 or vector state.
 
+mod common;
 use _engine::classify::{Class, Features, classify};
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
 };
 use std::collections::BTreeMap;
-
-/// Every opcode byte under every map and mandatory prefix, with all ModRM bytes.
-fn all_encodings(mut visit: impl FnMut(&[u8])) {
-    let legacy: [&[u8]; 4] = [&[], &[0x66], &[0xf2], &[0xf3]];
-    let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
-    let tail = [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x08];
-    for prefix in legacy {
-        for rex in [None, Some(0x41), Some(0x48), Some(0x4f)] {
-            for map in maps {
-                for opcode in 0..=255u8 {
-                    for modrm in 0..=255u8 {
-                        let mut b = Vec::with_capacity(20);
-                        b.extend(prefix);
-                        b.extend(rex);
-                        b.extend(map);
-                        b.extend([opcode, modrm]);
-                        b.extend(tail);
-                        visit(&b);
-                    }
-                }
-            }
-        }
-    }
-    for map in 1..=3u8 {
-        for payload in 0..=255u8 {
-            for opcode in 0..=255u8 {
-                for modrm in [0x00, 0x05, 0x44, 0x81, 0xc1, 0xd0, 0xd8, 0xe3, 0xfa] {
-                    let mut b = vec![0xc4, 0xe0 | map, payload, opcode, modrm];
-                    b.extend(tail);
-                    visit(&b);
-                }
-            }
-        }
-    }
-}
 
 #[test]
 fn copied_instructions_touch_only_what_they_name() {
@@ -48,7 +14,7 @@ fn copied_instructions_touch_only_what_they_name() {
     let none = Features { x87: false, sse: false, avx: false };
     let mut factory = InstructionInfoFactory::new();
     let mut seen: BTreeMap<&str, std::collections::HashSet<Code>> = BTreeMap::new();
-    all_encodings(|b| {
+    common::all_encodings(|b| {
         let i = Decoder::with_ip(64, b, 0x1000, DecoderOptions::NONE).decode();
         if i.is_invalid() {
             return;
@@ -133,4 +99,85 @@ fn copied_instructions_touch_only_what_they_name() {
     let counts: Vec<_> = seen.iter().map(|(name, codes)| (*name, codes.len())).collect();
     println!("codes by treatment: {counts:?}");
     assert!(seen["copied"].len() > 900, "{counts:?}");
+}
+
+/// What CPUID offers must run: by the interpreter, which leaves to translation what it does not know itself.
+#[test]
+fn offered_instructions_are_no_invalid_opcodes() {
+    use iced_x86::CpuidFeature::*;
+    let offered = [
+        INTEL8086,
+        INTEL8086_ONLY,
+        INTEL186,
+        INTEL286,
+        INTEL386,
+        INTEL486,
+        X64,
+        FPU,
+        FPU287,
+        FPU387,
+        CMOV,
+        CPUID,
+        MSR,
+        TSC,
+        CX8,
+        CMPXCHG16B,
+        SSE,
+        SSE2,
+        SSE3,
+        SSSE3,
+        SSE4_1,
+        SSE4_2,
+        AES,
+        PCLMULQDQ,
+        SHA,
+        AVX,
+        AVX2,
+        FMA,
+        F16C,
+        MMX,
+        BMI1,
+        BMI2,
+        LZCNT,
+        POPCNT,
+        MOVBE,
+        ADX,
+        RDRAND,
+        RDSEED,
+        FXSR,
+        XSAVE,
+        XSAVEOPT,
+        FSGSBASE,
+        RDTSCP,
+        SYSCALL,
+        CLFSH,
+        CLFLUSHOPT,
+        PREFETCHW,
+        MULTIBYTENOP,
+        PAUSE,
+        CET_IBT,
+    ];
+    let (mut seen, mut wrong) = (std::collections::HashSet::new(), Vec::new());
+    common::all_encodings(|b| {
+        let i = Decoder::with_ip(64, b, common::FREE, DecoderOptions::NONE).decode();
+        // Jumps would run what they lead to.
+        let next = matches!(i.flow_control(), FlowControl::Next | FlowControl::Exception);
+        if i.is_invalid() || !next || !i.cpuid_features().iter().all(|f| offered.contains(f)) || !seen.insert(i.code())
+        {
+            return;
+        }
+        let undefined = matches!(i.mnemonic(), Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2);
+        let mut m = common::Machine::new(4 << 20);
+        m.long_mode();
+        m.v.interpret_only = true;
+        m.v.cpu.cr4 |= _engine::cpu::cr4::FSGSBASE;
+        m.v.cpu.gpr = [0x2_0000; 16];
+        (m.v.cpu.gpr[4], m.v.cpu.gpr[1]) = (common::FREE - 0x100, 1);
+        let exit = m.run(&[&b[..i.len()], &[0xf4]].concat());
+        if (m.halted_in() == Some(6)) != undefined || matches!(exit, _engine::cpu::Exit::InternalError(_)) {
+            wrong.push(format!("{:?} {:x?}: {exit:?}", i.code(), &b[..i.len()]));
+        }
+    });
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(seen.len() > 1500, "{}", seen.len());
 }

@@ -928,7 +928,7 @@ fn native_class(i: &Instruction, features: Features) -> bool {
 fn check_fpu(c: &Cpu, i: &Instruction) -> Res<()> {
     use iced_x86::EncodingKind;
     let vex = i.encoding() != EncodingKind::Legacy;
-    let is_x87 = i.cpuid_features().iter().all(|f| {
+    let is_x87 = i.cpuid_features().iter().any(|f| {
         matches!(f, iced_x86::CpuidFeature::FPU | iced_x86::CpuidFeature::FPU287 | iced_x86::CpuidFeature::FPU387)
     });
     let is_mmx = i.cpuid_features().contains(&iced_x86::CpuidFeature::MMX);

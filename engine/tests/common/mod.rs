@@ -177,3 +177,38 @@ impl Drop for Machine {
         unsafe { libc::munmap(self.hva.cast(), self.len) };
     }
 }
+
+/// Every opcode byte under every map and mandatory prefix, with all ModRM bytes.
+pub fn all_encodings(mut visit: impl FnMut(&[u8])) {
+    let legacy: [&[u8]; 4] = [&[], &[0x66], &[0xf2], &[0xf3]];
+    let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+    let tail = [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x08];
+    for prefix in legacy {
+        for rex in [None, Some(0x41), Some(0x48), Some(0x4f)] {
+            for map in maps {
+                for opcode in 0..=255u8 {
+                    for modrm in 0..=255u8 {
+                        let mut b = Vec::with_capacity(20);
+                        b.extend(prefix);
+                        b.extend(rex);
+                        b.extend(map);
+                        b.extend([opcode, modrm]);
+                        b.extend(tail);
+                        visit(&b);
+                    }
+                }
+            }
+        }
+    }
+    for map in 1..=3u8 {
+        for payload in 0..=255u8 {
+            for opcode in 0..=255u8 {
+                for modrm in [0x00, 0x05, 0x44, 0x81, 0xc1, 0xd0, 0xd8, 0xe3, 0xfa] {
+                    let mut b = vec![0xc4, 0xe0 | map, payload, opcode, modrm];
+                    b.extend(tail);
+                    visit(&b);
+                }
+            }
+        }
+    }
+}
