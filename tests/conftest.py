@@ -1,6 +1,7 @@
 """What tests of machines share: the engines that can be used here, and tiny kernels."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -44,3 +45,8 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         return made[code]
 
     return make
+
+
+# Whoever started the tests in the background may have had these ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
