@@ -59,6 +59,16 @@ def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         probe.choose_engine()
 
 
+@pytest.mark.parametrize(
+    ("iteration_ns", "run_cost_ns"),
+    [(0.002, 500), (0.02, 4_000_000), (3000, 100_000)],  # hardware; under an emulator; emulated by KVM
+)
+def test_rate(iteration_ns: float, run_cost_ns: int) -> None:
+    """What a run costs in itself doesn't count, however much that is."""
+    rate = probe._rate(lambda iterations: int(run_cost_ns + iterations * iteration_ns))
+    assert rate == pytest.approx(1 / iteration_ns, rel=0.01)
+
+
 def test_supervisor_mips(kvm: Kvm) -> None:
     assert probe.supervisor_mips(kvm) > 0.01
 
