@@ -209,3 +209,19 @@ def test_state_carries_over(bench: Bench) -> None:
             [getattr(ch, name) for ch in chip.get_state().channels] for chip in (bench.chip, other.chip)
         )
         assert old == new
+
+
+def test_state_carries_an_access_that_is_half_done(bench: Bench) -> None:
+    bench.program(2, mode=0, count=0x1234)
+    bench.chip.write(0x43, 2 << 6)  # latch
+    bench.chip.read(0x42)
+    bench.program(0, mode=2, count=0x5678)
+    bench.chip.read(0x40)
+    bench.chip.write(0x41 + 2, 1 << 6 | 3 << 4)
+    bench.chip.write(0x41, 0xCD)
+    other = Bench()
+    other.chip.set_state(bench.chip.get_state())
+    assert other.chip.read(0x42) == 0x12  # the latch's high byte
+    assert other.chip.read(0x40) == 0x56  # the count's
+    other.chip.write(0x41, 0xAB)
+    assert other.chip.channels[1].count == 0xABCD

@@ -14,7 +14,12 @@ class Bench:
     def __init__(self) -> None:
         self.sent: list[Message] = []
         self.changes = 0
-        self.chip = Ioapic(self.sent.append, self._changed)
+        self.takers = 1
+        self.chip = Ioapic(self._send, self._changed)
+
+    def _send(self, message: Message) -> int:
+        self.sent.append(message)
+        return self.takers
 
     def _changed(self) -> None:
         self.changes += 1
@@ -88,6 +93,16 @@ def test_level_waits_for_the_end_of_interrupt_and_is_sent_again(bench: Bench) ->
     bench.chip.set_irq(10, 0)
     bench.chip.eoi(0x5A)
     assert len(bench.sent) == 2 and not bench.entry(10) & REMOTE_IRR
+
+
+def test_message_that_nobody_takes_waits_for_no_end_of_interrupt(bench: Bench) -> None:
+    bench.route(10, 0x5A | LEVEL)
+    bench.takers = 0
+    bench.chip.set_irq(10, 1)
+    assert len(bench.sent) == 1 and not bench.entry(10) & REMOTE_IRR
+    bench.takers = 1
+    bench.chip.set_irq(10, 1)
+    assert len(bench.sent) == 2 and bench.entry(10) & REMOTE_IRR
 
 
 def test_end_of_interrupt_of_another_vector_changes_nothing(bench: Bench) -> None:

@@ -25,6 +25,9 @@ from kvmkit.uapi import x86
 FREQUENCY_HZ = 1193182
 PORTS = (0x40, 0x41, 0x42, 0x43, 0x61)
 
+_SECOND_BYTE = 4
+"""In `kvm_pit_channel_state`: of an access in two bytes, the high one is next."""
+
 
 @dataclass
 class Channel:
@@ -223,7 +226,8 @@ class I8254:
         for s, ch in zip(state.channels, self.channels, strict=True):
             s.count, s.mode, s.bcd, s.gate, s.rw_mode = ch.count, ch.mode, ch.bcd, ch.gate, ch.access
             s.count_load_time = ch.loaded_ns if ch.loaded else 0
-            s.latched_count, s.count_latched = ch.latched or 0, ch.access if ch.latched is not None else 0
+            s.latched_count = ch.latched or 0
+            s.count_latched = ch.access + ch.latched_high if ch.latched is not None else 0
             s.status, s.status_latched = ch.status or 0, ch.status is not None
             s.read_state, s.write_state = ch.access + ch.read_high, ch.access + (ch.write_low is not None)
             s.write_latch = ch.write_low or 0
@@ -238,5 +242,8 @@ class I8254:
             ch.loaded, ch.loaded_ns = bool(s.count_load_time or s.count), now
             ch.held_ns, ch.triggered = None if ch.gate else now, False
             ch.latched = s.latched_count if s.count_latched else None
+            ch.latched_high = s.count_latched == _SECOND_BYTE
             ch.status = s.status if s.status_latched else None
+            ch.read_high = s.read_state == _SECOND_BYTE
+            ch.write_low = s.write_latch if s.write_state == _SECOND_BYTE else None
         self._schedule()

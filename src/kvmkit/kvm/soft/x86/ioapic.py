@@ -5,7 +5,7 @@ delivery mode, destination mode, delivery status, polarity, **remote IRR**, trig
 top byte.
 
 An *edge* input sends its message once as the line rises. A *level* input sends it while the line is up and remote IRR is
-clear; sending sets remote IRR, and the local APIC's end of interrupt for that vector clears it: if the line is still up,
+clear; acceptance sets remote IRR, and the local APIC's end of interrupt for that vector clears it: if the line is still up,
 the message goes out again. (Intel 82093AA data sheet, order number 290566.)
 
 Messages of edge inputs are also compiled into the engine's table (`messages`), so that an irqfd or a timer reaches the
@@ -29,9 +29,9 @@ _READ_ONLY = _REMOTE_IRR | _STATUS
 
 
 class Ioapic:
-    """The chip. `send` delivers a message; `changed` is told that an entry was written."""
+    """The chip. `send` delivers a message and says how many took it; `changed` is told that an entry was written."""
 
-    def __init__(self, send: Callable[[Message], object], changed: Callable[[], None]) -> None:
+    def __init__(self, send: Callable[[Message], int], changed: Callable[[], None]) -> None:
         """Power up: all inputs masked."""
         self._send = send
         self._changed = changed
@@ -65,11 +65,11 @@ class Ioapic:
         e = self.redirtbl[pin]
         if e & _MASK:
             return
-        if e & _LEVEL:
-            if e & _REMOTE_IRR:
-                return
+        if e & _LEVEL and e & _REMOTE_IRR:
+            return
+        # Remote IRR waits for an end of interrupt, which comes from a local APIC that took the message alone.
+        if self._send(self.message(pin)) and e & _LEVEL:
             self.redirtbl[pin] |= _REMOTE_IRR
-        self._send(self.message(pin))
 
     def eoi(self, vector: int) -> None:
         """A local APIC ended `vector`, which was level-triggered."""
