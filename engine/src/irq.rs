@@ -4,10 +4,12 @@
 //! GSI, the messages that an edge on it sends. An edge on a GSI whose table entry is complete is delivered
 //! here at once; any other is queued for Python (`take_lines`), which is woken by an eventfd.
 
+use crate::eventfd::{EventFd, IoEvent, IrqFds};
 use crate::lapic::{self, Message};
 use crate::vm::Vm;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::io::{Error, Result};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// What an edge on a GSI does.
 #[derive(Clone, Debug, Default)]
@@ -17,27 +19,22 @@ pub struct Route {
     pub python: bool,
 }
 
-/// A write that signals an eventfd instead of exiting (KVM_IOEVENTFD).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IoEvent {
-    pub address: u64,
-    /// 0: any length.
-    pub len: u32,
-    pub datamatch: Option<u64>,
-    pub fd: i32,
-    pub pio: bool,
-}
-
 #[derive(Default)]
 pub struct Irq {
-    pub routes: RwLock<HashMap<u32, Route>>,
-    pub events: RwLock<Vec<IoEvent>>,
+    /// Replaced as a whole: an edge that comes meanwhile finds the old table or the new.
+    routes: RwLock<HashMap<u32, Route>>,
+    events: RwLock<Vec<IoEvent>>,
     /// Edges for Python to look at.
     lines: Mutex<Vec<u32>>,
-    irqfds: Mutex<Option<Arc<IrqFds>>>,
+    irqfds: Mutex<Option<IrqFds>>,
+    /// Tells Python to call `take_lines`.
+    wake: Mutex<Option<EventFd>>,
 }
 
 impl Irq {
+    pub fn set_routes(&self, routes: HashMap<u32, Route>) {
+        *self.routes.write().unwrap() = routes;
+    }
     /// An edge on `gsi`. True if it was delivered here, false if Python has to.
     pub fn edge(&self, vm: &Vm, gsi: u32) -> bool {
         let routes = self.routes.read().unwrap();
@@ -56,7 +53,9 @@ impl Irq {
     pub fn edge_or_queue(&self, vm: &Vm, gsi: u32) {
         if !self.edge(vm, gsi) {
             self.lines.lock().unwrap().push(gsi);
-            vm.wake_python();
+            if let Some(fd) = &*self.wake.lock().unwrap() {
+                fd.signal();
+            }
         }
     }
     pub fn take_lines(&self) -> Vec<u32> {
@@ -73,136 +72,49 @@ impl Irq {
         let value = u64::from_le_bytes(value);
         let mut hit = false;
         for e in events.iter() {
-            if e.pio == pio
-                && e.address == address
-                && (e.len == 0 || e.len as usize == data.len())
-                && e.datamatch.is_none_or(|d| d == value)
-            {
-                signal(e.fd);
+            if e.matches(pio, address, data.len(), value) {
+                e.fd.signal();
                 hit = true;
             }
         }
         hit
     }
-    pub fn add_irqfd(&self, vm: &Arc<Vm>, fd: i32, gsi: u32) -> std::io::Result<()> {
-        let mut guard = self.irqfds.lock().unwrap();
-        if guard.is_none() {
-            *guard = Some(IrqFds::start(vm)?);
-        }
-        guard.as_ref().unwrap().add(fd, gsi)
+    pub fn set_wake(&self, fd: Option<EventFd>) {
+        *self.wake.lock().unwrap() = fd;
     }
-    pub fn remove_irqfd(&self, fd: i32, gsi: u32) -> bool {
-        self.irqfds.lock().unwrap().as_ref().is_some_and(|i| i.remove(fd, gsi))
-    }
-}
-
-impl Drop for Irq {
-    fn drop(&mut self) {
-        if let Some(i) = self.irqfds.lock().unwrap().take() {
-            signal(i.stop);
+    /// EBUSY: `fd` raises a GSI already.
+    pub fn add_irqfd(&self, vm: &Arc<Vm>, fd: EventFd, gsi: u32) -> Result<()> {
+        let mut irqfds = self.irqfds.lock().unwrap();
+        if irqfds.is_none() {
+            *irqfds = Some(IrqFds::start(vm)?);
         }
+        irqfds.as_ref().expect("just started").assign(fd, gsi)
     }
-}
-
-/// Add 1 to an eventfd.
-pub fn signal(fd: i32) {
-    let one = 1u64;
-    // SAFETY: writes 8 bytes from a local; a closed or full descriptor is an error that nobody waits for.
-    unsafe { libc::write(fd, (&raw const one).cast(), 8) };
-}
-
-/// The thread that waits for irqfds.
-struct IrqFds {
-    epoll: i32,
-    stop: i32,
-    /// Own duplicates of the callers' descriptors: (caller's fd, gsi) → duplicate.
-    fds: Mutex<HashMap<(i32, u32), i32>>,
-}
-
-impl IrqFds {
-    fn start(vm: &Arc<Vm>) -> std::io::Result<Arc<Self>> {
-        // SAFETY: plain system calls; the descriptors are owned by the new object.
-        let (epoll, stop) = unsafe { (libc::epoll_create1(libc::EPOLL_CLOEXEC), libc::eventfd(0, libc::EFD_CLOEXEC)) };
-        if epoll < 0 || stop < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        let this = Arc::new(Self { epoll, stop, fds: Mutex::default() });
-        this.watch(stop, u64::MAX)?;
-        let (worker, vm) = (this.clone(), Arc::downgrade(vm));
-        std::thread::Builder::new().name("kvm-irqfd".into()).spawn(move || worker.run(&vm))?;
-        Ok(this)
+    pub fn remove_irqfd(&self, fd: &EventFd, gsi: u32) -> bool {
+        self.irqfds.lock().unwrap().as_ref().is_some_and(|i| i.deassign(fd, gsi))
     }
-    fn watch(&self, fd: i32, data: u64) -> std::io::Result<()> {
-        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: data };
-        // SAFETY: valid descriptors and structure.
-        if unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_ADD, fd, &mut event) } != 0 {
-            return Err(std::io::Error::last_os_error());
+    /// EEXIST: a write would be for another one too.
+    pub fn add_ioeventfd(&self, event: IoEvent) -> Result<()> {
+        let mut events = self.events.write().unwrap();
+        if events.iter().any(|e| e.collides(&event)) {
+            return Err(Error::from_raw_os_error(libc::EEXIST));
         }
+        events.push(event);
         Ok(())
     }
-    fn add(&self, fd: i32, gsi: u32) -> std::io::Result<()> {
-        let mut fds = self.fds.lock().unwrap();
-        if fds.contains_key(&(fd, gsi)) {
-            return Err(std::io::Error::from_raw_os_error(libc::EBUSY));
-        }
-        // SAFETY: a plain system call.
-        let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-        if own < 0 {
-            return Err(std::io::Error::from_raw_os_error(libc::EBADF));
-        }
-        if let Err(e) = self.watch(own, (own as u64) << 32 | gsi as u64) {
-            // SAFETY: our own duplicate.
-            unsafe { libc::close(own) };
-            return Err(std::io::Error::from_raw_os_error(e.raw_os_error().unwrap_or(libc::EINVAL)));
-        }
-        fds.insert((fd, gsi), own);
+    /// ENOENT: there is none like `event`.
+    pub fn remove_ioeventfd(&self, event: &IoEvent) -> Result<()> {
+        let mut events = self.events.write().unwrap();
+        let n = events.iter().position(|e| e.same(event)).ok_or(Error::from_raw_os_error(libc::ENOENT))?;
+        events.remove(n);
         Ok(())
     }
-    fn remove(&self, fd: i32, gsi: u32) -> bool {
-        match self.fds.lock().unwrap().remove(&(fd, gsi)) {
-            Some(own) => {
-                // SAFETY: our own duplicate; closing it also takes it out of the epoll set.
-                unsafe {
-                    libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, own, std::ptr::null_mut());
-                    libc::close(own);
-                }
-                true
-            }
-            None => false,
-        }
-    }
-    fn run(&self, vm: &Weak<Vm>) {
-        loop {
-            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
-            // SAFETY: a valid buffer of 16 events.
-            let n = unsafe { libc::epoll_wait(self.epoll, events.as_mut_ptr(), 16, -1) };
-            for e in &events[..n.max(0) as usize] {
-                let data = e.u64;
-                if data == u64::MAX {
-                    return;
-                }
-                let mut count = 0u64;
-                let own = (data >> 32) as i32;
-                let live = self.fds.lock().unwrap().values().any(|&f| f == own);
-                // SAFETY: reads 8 bytes into a local from a descriptor that epoll said is readable.
-                if live && unsafe { libc::read(own, (&raw mut count).cast(), 8) } == 8 {
-                    let Some(vm) = vm.upgrade() else { return };
-                    vm.irq.edge_or_queue(&vm, data as u32);
-                }
-            }
-        }
-    }
-}
-
-impl Drop for IrqFds {
-    fn drop(&mut self) {
-        // SAFETY: our own descriptors.
-        unsafe {
-            for own in self.fds.lock().unwrap().values() {
-                libc::close(*own);
-            }
-            libc::close(self.epoll);
-            libc::close(self.stop);
-        }
+    /// The VM is closed: no more eventfds.
+    pub fn close(&self) {
+        // Taken out first: its thread, which this waits for, may be delivering an edge.
+        let irqfds = self.irqfds.lock().unwrap().take();
+        drop(irqfds);
+        self.events.write().unwrap().clear();
+        self.set_wake(None);
     }
 }

@@ -44,6 +44,8 @@ pub const BASE_BSP: u64 = 1 << 8;
 pub const DEFAULT_BASE: u64 = 0xfee0_0000;
 
 const MASKED: u32 = 1 << 16;
+/// Bits of the x2APIC's ICR whose being set raises #GP.
+const ICR_RESERVED: u32 = 0xfff3_2000;
 const SVR_ENABLE: u32 = 1 << 8;
 
 /// Delivery modes of ICR, LVT and MSI.
@@ -77,8 +79,7 @@ pub struct State {
     pub sipi_vector: u8,
     /// The PIC's INTR line, for ExtINT through LINT0.
     pub extint: bool,
-    /// CLOCK_MONOTONIC_RAW nanoseconds at which the timer was started, and will next expire.
-    started_ns: u64,
+    /// CLOCK_MONOTONIC_RAW nanoseconds at which the timer will next expire; 0: it is stopped.
     expires_ns: u64,
     deadline_tsc: u64,
 }
@@ -178,7 +179,13 @@ impl State {
         if self.expires_ns == 0 || self.timer_mode() == 2 {
             return 0;
         }
-        (self.expires_ns.saturating_sub(now) / self.divider()) as u32
+        let mut left = self.expires_ns.saturating_sub(now);
+        if left == 0 && self.timer_mode() == 1 {
+            // The timer thread will start the next period, which has begun.
+            let period = self.period_ns().max(1);
+            left = period - (now - self.expires_ns) % period;
+        }
+        (left / self.divider()) as u32
     }
     fn matches(&self, m: &Message, apic_id: u32) -> bool {
         if !m.logical {
@@ -218,7 +225,11 @@ impl State {
         for lvt in (reg::LVT_TIMER..=reg::LVT_ERROR).step_by(16).chain([reg::CMCI]) {
             self.set(lvt, MASKED);
         }
-        (self.started_ns, self.expires_ns, self.deadline_tsc) = (0, 0, 0);
+        if self.base & BASE_BSP != 0 {
+            // As KVM does: without firmware nobody else lets the PIC through.
+            self.set(reg::LVT_LINT0, (delivery::EXTINT as u32) << 8);
+        }
+        (self.expires_ns, self.deadline_tsc) = (0, 0);
     }
 }
 
@@ -230,15 +241,10 @@ impl Lapic {
             x2apic_id: id,
             sipi_vector: 0,
             extint: false,
-            started_ns: 0,
             expires_ns: 0,
             deadline_tsc: 0,
         };
         state.reset();
-        if boot {
-            // As KVM does: without firmware nobody else lets the PIC through.
-            state.set(reg::LVT_LINT0, (delivery::EXTINT as u32) << 8);
-        }
         Self { state: Mutex::new(state) }
     }
 
@@ -316,12 +322,14 @@ fn accept(s: &mut State, v: &VcpuShared, m: &Message) -> u32 {
     1
 }
 
-/// A message-signalled interrupt: a write of `data` to `address`.
+/// A message-signalled interrupt: a write of `data` to `address`. With the redirection hint it is for one of those
+/// that it addresses.
 pub fn message(address: u64, data: u32) -> Message {
+    let (mode, hint) = ((data >> 8 & 7) as u8, address & 8 != 0);
     Message {
         destination: (address >> 12 & 0xff) as u32 | (address >> 32) as u32 & 0xffff_ff00,
         logical: address & 4 != 0,
-        mode: (data >> 8 & 7) as u8,
+        mode: if hint && mode == delivery::FIXED { delivery::LOWEST } else { mode },
         vector: data as u8,
         level: data & 1 << 15 != 0,
         wide: (address >> 32) as u32 & 0xffff_ff00 != 0,
@@ -437,12 +445,12 @@ impl Vcpu {
                     return true;
                 }
                 s.set(offset, value);
-                self.start_timer(&mut s);
+                self.start_timer(&mut s, None);
             }
             reg::DIVIDE => {
                 s.set(offset, value & 0xb);
                 if s.expires_ns != 0 && s.timer_mode() != 2 {
-                    self.start_timer(&mut s);
+                    self.start_timer(&mut s, None);
                 }
             }
             reg::SELF_IPI if s.x2apic() => {
@@ -455,7 +463,8 @@ impl Vcpu {
         true
     }
 
-    fn start_timer(&self, s: &mut State) {
+    /// `left_ns`: until it expires for the first time, if not a whole period.
+    fn start_timer(&self, s: &mut State, left_ns: Option<u64>) {
         let period = s.period_ns();
         let key = timer_key(self.shared.id);
         if period == 0 {
@@ -463,8 +472,7 @@ impl Vcpu {
             self.vm.timers.cancel(key);
             return;
         }
-        s.started_ns = monotonic_ns();
-        s.expires_ns = s.started_ns + period;
+        s.expires_ns = monotonic_ns() + left_ns.unwrap_or(period).min(period);
         self.vm.timers.arm(&self.vm, key, s.expires_ns);
     }
 
@@ -536,10 +544,16 @@ impl Vcpu {
         }
         let offset = (index as usize & 0xff) << 4;
         if offset == reg::ICR {
+            (value as u32 & ICR_RESERVED == 0).then_some(())?;
             self.set_lapic_register(offset, value as u32, Some((value >> 32) as u32));
             return Some(());
         }
-        (value >> 32 == 0 && !(offset == reg::EOI && value != 0)).then_some(())?;
+        let reserved = match offset {
+            reg::EOI | reg::ESR => u64::MAX,
+            reg::SELF_IPI => !0xff,
+            _ => !0xffff_ffff,
+        };
+        (value & reserved == 0).then_some(())?;
         self.set_lapic_register(offset, value as u32, None).then_some(())
     }
 
@@ -626,11 +640,14 @@ impl Vcpu {
         for n in 0..64 {
             b[n * 16..n * 16 + 4].copy_from_slice(&s.regs[n].to_le_bytes());
         }
+        let mut set = |r: usize, value: u32| b[r..r + 4].copy_from_slice(&value.to_le_bytes());
         if s.x2apic() {
-            b[reg::ID..reg::ID + 4].copy_from_slice(&s.x2apic_id.to_le_bytes());
+            // The ID stands in the top byte in either mode (api.rst 4.57, without KVM_CAP_X2APIC_API).
+            set(reg::ID, s.x2apic_id << 24);
+            set(reg::LDR, State::x2apic_ldr(s.x2apic_id));
         }
-        b[reg::PPR] = s.ppr();
-        b[reg::CURRENT_COUNT..reg::CURRENT_COUNT + 4].copy_from_slice(&s.current_count(monotonic_ns()).to_le_bytes());
+        set(reg::PPR, s.ppr() as u32);
+        set(reg::CURRENT_COUNT, s.current_count(monotonic_ns()));
         Some(b)
     }
 
@@ -642,8 +659,12 @@ impl Vcpu {
             s.regs[n] = u32::from_le_bytes(b[n * 16..n * 16 + 4].try_into().unwrap());
         }
         s.set(reg::VERSION, 5 << 16 | 0x14);
-        if s.timer_mode() != 2 && s.get(reg::INITIAL_COUNT) != 0 {
-            self.start_timer(&mut s);
+        if s.timer_mode() != 2 {
+            // As KVM does, what is left of the current count is waited for first. One-shot with nothing left: the timer
+            // expired, and whether its interrupt was delivered is not known, so it comes again.
+            let left = s.get(reg::CURRENT_COUNT) as u64 * s.divider();
+            let left = (left != 0 || s.timer_mode() == 0).then_some(left);
+            self.start_timer(&mut s, left);
         }
         drop(s);
         self.reconsider();

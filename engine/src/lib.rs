@@ -9,6 +9,7 @@ pub mod careful;
 pub mod classify;
 pub mod cpu;
 pub mod emit;
+pub mod eventfd;
 pub mod exception;
 pub mod far;
 pub mod helpers;

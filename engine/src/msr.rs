@@ -199,9 +199,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
         0xc001_0000..=0xc001_0007 | 0xc001_0010 | 0xc001_0015 | 0xc001_1029 => {}
         0x11 | 0x4b56_4d00 => {
             v.cpu.msr.kvm_wall_clock = value;
-            if !host {
-                pvclock::write_wall_clock(v, value);
-            }
+            pvclock::write_wall_clock(v, value);
         }
         0x12 | 0x4b56_4d01 => {
             v.cpu.msr.kvm_system_time = value;

@@ -71,8 +71,11 @@ pub fn update(v: &mut Vcpu) {
     }
 }
 
-/// Write `pvclock_wall_clock` at `gpa`: the time of day when the VM's clock was zero.
+/// Write `pvclock_wall_clock` at `gpa`, if that isn't 0: the time of day when the VM's clock was zero.
 pub fn write_wall_clock(v: &mut Vcpu, gpa: u64) {
+    if gpa == 0 {
+        return;
+    }
     let ns = clock_ns(libc::CLOCK_REALTIME).wrapping_sub(vm_clock_ns(v));
     let mut old = [0; 4];
     if (gpa & 0xfff) + 12 > 4096 || v.slots.find(gpa).is_none() || access::read_physical(v, gpa, &mut old).is_err() {

@@ -1,7 +1,8 @@
 //! The native module `kvmkit._engine`; `src/kvmkit/_engine.pyi` documents it.
 
 use crate::cpu::{CpuidEntry, Exit, Vcpu as CpuState, mp_state};
-use crate::irq::{IoEvent, Route};
+use crate::eventfd::{EventFd, IoEvent};
+use crate::irq::Route;
 use crate::lapic::{self, Message};
 use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
@@ -10,6 +11,7 @@ use crate::{msr, run, state, timer};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
@@ -60,18 +62,46 @@ mod reason {
 
 #[pyclass(frozen)]
 struct Vm {
-    vm: Arc<Machine>,
+    /// Reached by `machine`, which refuses in a child of os.fork.
+    vm: ManuallyDrop<Arc<Machine>>,
     pid: u32,
 }
 
+fn forked(pid: u32) -> bool {
+    std::process::id() != pid
+}
+
 fn check_pid(pid: u32) -> PyResult<()> {
-    if std::process::id() != pid {
+    if forked(pid) {
         return Err(PyRuntimeError::new_err("this VM belongs to the process before os.fork()"));
     }
     Ok(())
 }
 
-fn decode_message((destination, logical, mode, vector, level): (u32, bool, u8, u8, bool)) -> Message {
+impl Vm {
+    fn machine(&self) -> PyResult<&Arc<Machine>> {
+        check_pid(self.pid)?;
+        Ok(&self.vm)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // A child of os.fork has neither the threads to wait for nor, perhaps, the locks.
+        if !forked(self.pid) {
+            // SAFETY: dropped here alone.
+            let vm = unsafe { ManuallyDrop::take(&mut self.vm) };
+            drop(vm);
+        }
+    }
+}
+
+/// Destination, whether logical, delivery mode, vector, whether level-triggered.
+type PyMessage = (u32, bool, u8, u8, bool);
+/// GSI, messages, MSIs (address, data), whether Python must see it.
+type PyRoute = (u32, Vec<PyMessage>, Vec<(u64, u32)>, bool);
+
+fn decode_message((destination, logical, mode, vector, level): PyMessage) -> Message {
     Message { destination, logical, mode, vector, level, wide: false }
 }
 
@@ -79,15 +109,16 @@ fn decode_message((destination, logical, mode, vector, level): (u32, bool, u8, u
 impl Vm {
     #[new]
     fn new(tsc_khz: u32) -> PyResult<Self> {
-        Ok(Self { vm: Arc::new(Machine::new(tsc_khz).map_err(io_error)?), pid: std::process::id() })
+        let vm = Arc::new(Machine::new(tsc_khz).map_err(io_error)?);
+        Ok(Self { vm: ManuallyDrop::new(vm), pid: std::process::id() })
     }
 
     fn set_memory_region(&self, py: Python<'_>, id: u32, flags: u32, gpa: u64, size: u64, hva: u64) -> PyResult<()> {
-        check_pid(self.pid)?;
+        let vm = self.machine()?;
         py.detach(|| {
-            let mut slots: Vec<Slot> = self.vm.slots.read().unwrap().as_slice().to_vec();
+            let mut slots: Vec<Slot> = vm.slots.read().unwrap().as_slice().to_vec();
             slots.retain(|s| s.id != id);
-            let mut dirty = self.vm.dirty.write().unwrap();
+            let mut dirty = vm.dirty.write().unwrap();
             if size == 0 || flags & LOG_DIRTY == 0 {
                 dirty.remove(&id);
             } else {
@@ -97,13 +128,13 @@ impl Vm {
             if size != 0 {
                 slots.push(Slot { id, flags, gpa, size, hva });
             }
-            self.vm.set_slots(Slots::new(slots));
+            vm.set_slots(Slots::new(slots));
         });
         Ok(())
     }
 
     fn get_dirty_log<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Bound<'py, PyBytes>> {
-        let dirty = self.vm.dirty.read().unwrap();
+        let dirty = self.machine()?.dirty.read().unwrap();
         let bits = dirty.get(&id).ok_or_else(|| os_error(libc::ENOENT))?;
         let mut b = Vec::with_capacity(bits.len() * 8);
         for word in bits.iter() {
@@ -112,40 +143,45 @@ impl Vm {
         Ok(PyBytes::new(py, &b))
     }
 
-    fn notify_write(&self, py: Python<'_>, gpa: u64, len: u64) {
-        py.detach(|| self.vm.note_write(None, gpa, len));
+    fn notify_write(&self, py: Python<'_>, gpa: u64, len: u64) -> PyResult<()> {
+        let vm = self.machine()?;
+        py.detach(|| vm.note_write(None, gpa, len));
+        Ok(())
     }
 
     fn create_vcpu(&self, id: u32, kvm_run_address: u64, length: usize) -> PyResult<Vcpu> {
-        check_pid(self.pid)?;
+        let vm = self.machine()?.clone();
         if length < kvm_run::BYTES {
             return Err(os_error(libc::EINVAL));
         }
-        let cpu = CpuState::new(self.vm.clone(), id).map_err(io_error)?;
+        let cpu = CpuState::new(vm, id).map_err(io_error)?;
         let shared = cpu.shared.clone();
-        Ok(Vcpu { cpu: Mutex::new(Box::new(cpu)), shared, run: kvm_run_address, pid: self.pid })
+        let cpu = ManuallyDrop::new(Mutex::new(Box::new(cpu)));
+        Ok(Vcpu { cpu, shared, run: kvm_run_address, pid: self.pid })
     }
 
     /// vCPUs created from now on have local APICs.
-    fn create_lapics(&self) {
-        self.vm.has_lapics.store(true, Ordering::SeqCst);
+    fn create_lapics(&self) -> PyResult<()> {
+        self.machine()?.has_lapics.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// The vCPU that starts without INIT and SIPI.
-    fn set_boot_cpu(&self, id: u32) {
-        self.vm.boot_cpu.store(id, Ordering::SeqCst);
+    fn set_boot_cpu(&self, id: u32) -> PyResult<()> {
+        self.machine()?.boot_cpu.store(id, Ordering::SeqCst);
+        Ok(())
     }
 
-    fn signal_msi(&self, address: u64, data: u32) -> u32 {
-        lapic::deliver(&self.vm, lapic::message(address, data), None)
+    fn signal_msi(&self, address: u64, data: u32) -> PyResult<u32> {
+        Ok(lapic::deliver(self.machine()?, lapic::message(address, data), None))
     }
 
-    fn send_message(&self, message: (u32, bool, u8, u8, bool)) -> u32 {
-        lapic::deliver(&self.vm, decode_message(message), None)
+    fn send_message(&self, message: PyMessage) -> PyResult<u32> {
+        Ok(lapic::deliver(self.machine()?, decode_message(message), None))
     }
 
-    fn set_extint(&self, level: bool) {
-        for v in self.vm.vcpus.read().unwrap().iter() {
+    fn set_extint(&self, level: bool) -> PyResult<()> {
+        for v in self.machine()?.vcpus.read().unwrap().iter() {
             if let Some(l) = &v.lapic {
                 l.state.lock().unwrap().extint = level;
                 if level {
@@ -153,126 +189,142 @@ impl Vm {
                 }
             }
         }
-    }
-
-    #[allow(clippy::type_complexity)]
-    fn set_route(&self, gsi: u32, messages: Vec<(u32, bool, u8, u8, bool)>, msis: Vec<(u64, u32)>, python: bool) {
-        let mut list: Vec<Message> = messages.into_iter().map(decode_message).collect();
-        list.extend(msis.into_iter().map(|(a, d)| lapic::message(a, d)));
-        self.vm.irq.routes.write().unwrap().insert(gsi, Route { messages: list, python });
-    }
-
-    fn clear_routes(&self) {
-        self.vm.irq.routes.write().unwrap().clear();
-    }
-
-    fn edge(&self, gsi: u32) -> bool {
-        self.vm.irq.edge(&self.vm, gsi)
-    }
-
-    fn take_lines(&self) -> Vec<u32> {
-        self.vm.irq.take_lines()
-    }
-
-    fn set_wake_fd(&self, fd: i32) {
-        self.vm.python_wake.store(fd, Ordering::SeqCst);
-    }
-
-    fn add_irqfd(&self, fd: i32, gsi: u32) -> PyResult<()> {
-        self.vm.irq.add_irqfd(&self.vm, fd, gsi).map_err(io_error)
-    }
-
-    fn remove_irqfd(&self, fd: i32, gsi: u32) -> bool {
-        self.vm.irq.remove_irqfd(fd, gsi)
-    }
-
-    #[pyo3(signature = (address, len, fd, datamatch, pio))]
-    fn add_ioeventfd(&self, address: u64, len: u32, fd: i32, datamatch: Option<u64>, pio: bool) -> PyResult<()> {
-        let event = IoEvent { address, len, datamatch, fd, pio };
-        let mut events = self.vm.irq.events.write().unwrap();
-        let clash = |e: &IoEvent| {
-            e.pio == pio
-                && e.address == address
-                && (e.len == 0
-                    || len == 0
-                    || e.len == len && (e.datamatch.is_none() || datamatch.is_none() || e.datamatch == datamatch))
-        };
-        if events.iter().any(clash) {
-            return Err(os_error(libc::EEXIST));
-        }
-        events.push(event);
         Ok(())
     }
 
-    #[pyo3(signature = (address, len, fd, datamatch, pio))]
-    fn remove_ioeventfd(&self, address: u64, len: u32, fd: i32, datamatch: Option<u64>, pio: bool) -> PyResult<i32> {
-        let mut events = self.vm.irq.events.write().unwrap();
-        let n = events
-            .iter()
-            .position(|e| {
-                e.pio == pio
-                    && e.address == address
-                    && e.len == len
-                    && e.datamatch == datamatch
-                    && (fd < 0 || e.fd == fd)
-            })
-            .ok_or_else(|| os_error(libc::ENOENT))?;
-        Ok(events.remove(n).fd)
+    fn set_routes(&self, routes: Vec<PyRoute>) -> PyResult<()> {
+        let table = routes.into_iter().map(|(gsi, messages, msis, python)| {
+            let messages = messages.into_iter().map(decode_message);
+            let messages = messages.chain(msis.into_iter().map(|(a, d)| lapic::message(a, d))).collect();
+            (gsi, Route { messages, python })
+        });
+        self.machine()?.irq.set_routes(table.collect());
+        Ok(())
     }
 
-    fn arm_pit(&self, at_ns: u64, period_ns: u64) {
+    fn take_lines(&self) -> PyResult<Vec<u32>> {
+        Ok(self.machine()?.irq.take_lines())
+    }
+
+    fn set_wake_fd(&self, fd: i32) -> PyResult<()> {
+        let vm = self.machine()?;
+        let fd = if fd < 0 { None } else { Some(EventFd::duplicate(fd).map_err(io_error)?) };
+        vm.irq.set_wake(fd);
+        Ok(())
+    }
+
+    fn add_irqfd(&self, fd: i32, gsi: u32) -> PyResult<()> {
+        let vm = self.machine()?;
+        EventFd::duplicate(fd).and_then(|fd| vm.irq.add_irqfd(vm, fd, gsi)).map_err(io_error)
+    }
+
+    fn remove_irqfd(&self, py: Python<'_>, fd: i32, gsi: u32) -> PyResult<bool> {
+        let vm = self.machine()?;
+        let fd = EventFd::duplicate(fd).map_err(io_error)?;
+        Ok(py.detach(|| vm.irq.remove_irqfd(&fd, gsi)))
+    }
+
+    fn add_ioeventfd(&self, address: u64, len: u32, fd: i32, datamatch: Option<u64>, pio: bool) -> PyResult<()> {
+        let vm = self.machine()?;
+        let event = EventFd::duplicate(fd).map(|fd| IoEvent { address, len, datamatch, fd, pio });
+        event.and_then(|e| vm.irq.add_ioeventfd(e)).map_err(io_error)
+    }
+
+    fn remove_ioeventfd(&self, address: u64, len: u32, fd: i32, datamatch: Option<u64>, pio: bool) -> PyResult<()> {
+        let vm = self.machine()?;
+        let event = EventFd::duplicate(fd).map(|fd| IoEvent { address, len, datamatch, fd, pio });
+        event.and_then(|e| vm.irq.remove_ioeventfd(&e)).map_err(io_error)
+    }
+
+    /// Let go of all eventfds.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let vm = self.machine()?;
+        py.detach(|| {
+            vm.timers.cancel(timer::PIT);
+            vm.irq.close();
+        });
+        Ok(())
+    }
+
+    fn arm_pit(&self, at_ns: u64, period_ns: u64) -> PyResult<()> {
+        let vm = self.machine()?;
         if period_ns == 0 {
-            self.vm.timers.arm(&self.vm, timer::PIT, at_ns);
+            vm.timers.arm(vm, timer::PIT, at_ns);
         } else {
-            self.vm.timers.arm_periodic(&self.vm, timer::PIT, at_ns, period_ns);
+            vm.timers.arm_periodic(vm, timer::PIT, at_ns, period_ns);
         }
+        Ok(())
     }
 
-    fn cancel_pit(&self) {
-        self.vm.timers.cancel(timer::PIT);
+    fn cancel_pit(&self) -> PyResult<()> {
+        self.machine()?.timers.cancel(timer::PIT);
+        Ok(())
     }
 
-    fn clock_ns(&self) -> u64 {
+    /// The VM's clock, the time of day and the host's TSC, all at one time.
+    fn clock(&self) -> PyResult<(u64, u64, u64)> {
+        let offset = self.machine()?.clock_offset_ns.load(Ordering::Relaxed);
         let now = crate::pvclock::monotonic_ns() as i64;
-        now.wrapping_add(self.vm.clock_offset_ns.load(Ordering::Relaxed)) as u64
+        let realtime = crate::pvclock::clock_ns(libc::CLOCK_REALTIME);
+        Ok((now.wrapping_add(offset) as u64, realtime, crate::sys::host_tsc()))
     }
 
-    fn set_clock_ns(&self, ns: u64) {
+    fn set_clock_ns(&self, ns: u64) -> PyResult<()> {
+        let vm = self.machine()?;
         let now = crate::pvclock::monotonic_ns() as i64;
-        self.vm.clock_offset_ns.store((ns as i64).wrapping_sub(now), Ordering::Relaxed);
-        for v in self.vm.vcpus.read().unwrap().iter() {
+        vm.clock_offset_ns.store((ns as i64).wrapping_sub(now), Ordering::Relaxed);
+        for v in vm.vcpus.read().unwrap().iter() {
             v.request(request::CLOCK);
         }
+        Ok(())
     }
 
-    fn blocks(&self) -> Vec<(u64, u32, u64, u16)> {
-        self.vm.cache.lock().unwrap().blocks()
+    fn blocks(&self) -> PyResult<Vec<(u64, u32, u64, u16)>> {
+        Ok(self.machine()?.cache.lock().unwrap().blocks())
     }
 
-    fn stats(&self) -> Vec<(&'static str, u64)> {
-        let cache = self.vm.cache.lock().unwrap();
-        vec![
+    fn stats(&self) -> PyResult<Vec<(&'static str, u64)>> {
+        let cache = self.machine()?.cache.lock().unwrap();
+        Ok(vec![
             ("blocks_translated", cache.translated),
             ("blocks_invalidated", cache.invalidated),
             ("code_cache_flushes", cache.generation),
             ("code_cache_bytes", cache.used() as u64),
-        ]
+        ])
     }
 }
 
 #[pyclass(frozen)]
 struct Vcpu {
-    cpu: Mutex<Box<CpuState>>,
+    cpu: ManuallyDrop<Mutex<Box<CpuState>>>,
     shared: Arc<VcpuShared>,
     run: u64,
     pid: u32,
 }
 
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        if !forked(self.pid) {
+            // SAFETY: dropped here alone.
+            unsafe { ManuallyDrop::drop(&mut self.cpu) };
+        }
+    }
+}
+
 impl Vcpu {
-    /// The state, once no other thread runs the vCPU.
+    /// The state, once no other thread runs the vCPU. It counts as running meanwhile, since some of it is read from
+    /// and written to guest memory.
     fn with<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut CpuState) -> R + Send) -> PyResult<R> {
         check_pid(self.pid)?;
-        Ok(py.detach(|| f(&mut self.cpu.lock().unwrap())))
+        Ok(py.detach(|| {
+            let mut v = self.cpu.lock().unwrap();
+            let vm = v.vm.clone();
+            vm.start_running(&self.shared);
+            v.refresh();
+            let result = f(&mut v);
+            vm.stop_running(&self.shared);
+            result
+        }))
     }
     fn byte(&self, offset: usize) -> &AtomicU8 {
         // SAFETY: the caller of `create_vcpu` keeps the kvm_run pages mapped while the vCPU lives; this byte
@@ -379,13 +431,17 @@ impl Vcpu {
     }
 
     /// Make `run` return with KVM_EXIT_INTR, now or at its next call.
-    fn kick(&self) {
+    fn kick(&self) -> PyResult<()> {
+        check_pid(self.pid)?;
         self.shared.request(request::EXIT);
+        Ok(())
     }
 
     /// Forget a kick that `run` has not seen.
-    fn clear_kick(&self) {
+    fn clear_kick(&self) -> PyResult<()> {
+        check_pid(self.pid)?;
         self.shared.requests.fetch_and(!request::EXIT, Ordering::SeqCst);
+        Ok(())
     }
 
     fn get_regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
@@ -463,17 +519,30 @@ impl Vcpu {
         if self.with(py, |v| v.set_lapic(b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
     }
     fn get_mp_state(&self, py: Python<'_>) -> PyResult<u32> {
-        self.with(py, |v| if v.halted && v.mp_state == mp_state::RUNNABLE { mp_state::HALTED } else { v.mp_state })
+        self.with(py, |v| {
+            run::accept_events(v);
+            if v.halted && v.mp_state == mp_state::RUNNABLE { mp_state::HALTED } else { v.mp_state }
+        })
     }
     fn set_mp_state(&self, py: Python<'_>, value: u32) -> PyResult<()> {
         self.with(py, |v| {
             v.halted = value == mp_state::HALTED;
-            v.mp_state = if v.halted { mp_state::RUNNABLE } else { value };
+            v.mp_state = match value {
+                mp_state::HALTED => mp_state::RUNNABLE,
+                mp_state::SIPI_RECEIVED => {
+                    v.shared.request(request::SIPI);
+                    mp_state::INIT_RECEIVED
+                }
+                other => other,
+            };
             v.cpu.poll[1] = 1;
         })
     }
     fn get_vcpu_events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let b = self.with(py, |v| state::get_events(v))?;
+        let b = self.with(py, |v| {
+            run::accept_events(v);
+            state::get_events(v)
+        })?;
         Ok(PyBytes::new(py, &b))
     }
     fn set_vcpu_events(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
@@ -500,8 +569,10 @@ impl Vcpu {
         })?;
         if taken { Ok(()) } else { Err(os_error(libc::EEXIST)) }
     }
-    fn nmi(&self) {
+    fn nmi(&self) -> PyResult<()> {
+        check_pid(self.pid)?;
         self.shared.request(request::NMI);
+        Ok(())
     }
     /// KVM_TRANSLATE of a read by the supervisor: the gpa, or None.
     fn translate(&self, py: Python<'_>, address: u64) -> PyResult<Option<u64>> {

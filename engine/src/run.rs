@@ -99,6 +99,19 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
     if requests & request::CLOCK != 0 {
         pvclock::update(v);
     }
+    accept(v, requests);
+    None
+}
+
+/// NMI, INIT and SIPI become state, so that reading the state does not miss them.
+pub fn accept_events(v: &mut Vcpu) {
+    let events = request::NMI | request::INIT | request::SIPI;
+    let requests = v.shared.requests.fetch_and(!events, Ordering::SeqCst);
+    accept(v, requests);
+    v.cpu.poll[1] = 1;
+}
+
+fn accept(v: &mut Vcpu, requests: u32) {
     if requests & request::NMI != 0 {
         v.nmi_pending = true;
     }
@@ -117,7 +130,6 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
         v.cpu.rip = 0;
         v.mp_state = mp_state::RUNNABLE;
     }
-    None
 }
 
 /// Deliver an NMI or interrupt if one is pending and allowed.

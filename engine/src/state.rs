@@ -188,6 +188,12 @@ pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) {
         v.nmi_pending = b[13] != 0;
     }
     v.nmi_masked = b[14] != 0;
+    // KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    if b[20] & 2 != 0
+        && let Some(lapic) = &v.shared.lapic
+    {
+        lapic.state.lock().unwrap().sipi_vector = b[16];
+    }
     v.shared.request(request::INTERRUPT);
 }
 

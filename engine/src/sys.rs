@@ -295,8 +295,12 @@ pub fn set_edx_eax(cpu: &mut Cpu, value: u64) {
 
 /// The guest's time-stamp counter.
 pub fn tsc(cpu: &Cpu) -> u64 {
+    host_tsc().wrapping_add(cpu.tsc_offset)
+}
+
+pub fn host_tsc() -> u64 {
     // SAFETY: RDTSC has no memory effects.
-    unsafe { std::arch::x86_64::_rdtsc() }.wrapping_add(cpu.tsc_offset)
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
 
 pub fn rdtsc(v: &mut Vcpu) -> Res<()> {
@@ -457,7 +461,7 @@ pub fn port_out(v: &mut Vcpu, port: u16, size: usize, data: &[u8]) -> Option<Exi
 
 /// Frequency of the host's TSC: by CPUID 0x15, by a hypervisor's leaf 0x40000010, or measured for 20 ms.
 pub fn host_tsc_khz() -> u32 {
-    use std::arch::x86_64::{__cpuid, _rdtsc};
+    use std::arch::x86_64::__cpuid;
     use std::sync::OnceLock;
     static KHZ: OnceLock<u32> = OnceLock::new();
     *KHZ.get_or_init(|| {
@@ -474,8 +478,7 @@ pub fn host_tsc_khz() -> u32 {
                 return khz;
             }
         }
-        // SAFETY: RDTSC has no memory effects.
-        let read = || (crate::pvclock::monotonic_ns(), unsafe { _rdtsc() });
+        let read = || (crate::pvclock::monotonic_ns(), host_tsc());
         let (t0, c0) = read();
         std::thread::sleep(std::time::Duration::from_millis(20));
         let (t1, c1) = read();

@@ -13,7 +13,7 @@ use crate::lapic::Lapic;
 use crate::mem::{CodePages, LOG_DIRTY, Slot, Slots};
 use crate::timer::{self, Timers};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 
 /// What threads other than the vCPU's own may touch.
@@ -108,8 +108,6 @@ pub struct Vm {
     pub irq: Irq,
     /// Edges for the PIT's GSI come from here while it counts.
     pub pit_gsi: AtomicU32,
-    /// Eventfd that tells Python to call `Irq::take_lines`.
-    pub python_wake: AtomicI32,
     /// Dirty bitmaps of slots with `LOG_DIRTY`, by slot id: one bit per page.
     pub dirty: RwLock<HashMap<u32, Box<[AtomicU64]>>>,
     /// Guest pages that hold translated code.
@@ -133,7 +131,6 @@ impl Vm {
             timers: Timers::default(),
             irq: Irq::default(),
             pit_gsi: AtomicU32::new(0),
-            python_wake: AtomicI32::new(-1),
             dirty: RwLock::default(),
             code: CodePages::new()?,
             cache: Mutex::new(CodeCache::new()?),
@@ -266,12 +263,5 @@ impl Vm {
         let vcpus = self.vcpus.read().unwrap();
         let v = vcpus.iter().find(|v| v.id as u64 == key)?;
         v.lapic.as_ref()?.timer_fired(v, now)
-    }
-
-    pub fn wake_python(&self) {
-        let fd = self.python_wake.load(Ordering::Relaxed);
-        if fd >= 0 {
-            crate::irq::signal(fd);
-        }
     }
 }

@@ -7,6 +7,8 @@ Objects raise `RuntimeError` in a child of os.fork.
 
 _Message = tuple[int, bool, int, int, bool]
 """Destination APIC, whether logical, delivery mode, vector, whether level-triggered."""
+_Route = tuple[int, list[_Message], list[tuple[int, int]], bool]
+"""GSI, messages, MSIs (address, data), and whether Python must see an edge on it (`take_lines`)."""
 _Cpuid = tuple[int, int, int, int, int, int, int]
 """function, index, flags, eax, ebx, ecx, edx."""
 
@@ -41,34 +43,29 @@ class Vm:
     def set_extint(self, level: bool) -> None:
         """Level of the PIC's INTR."""
 
-    def set_route(
-        self, gsi: int, messages: list[_Message], msis: list[tuple[int, int]], python: bool
-    ) -> None:
-        """What an edge on `gsi` sends. `python`: more must happen than that; such edges wait for `take_lines`."""
-
-    def clear_routes(self) -> None:
-        """Forget all routes."""
-
-    def edge(self, gsi: int) -> bool:
-        """An edge on `gsi`; False if only Python can deliver it."""
+    def set_routes(self, routes: list[_Route]) -> None:
+        """What an edge on each GSI sends: replaces the whole table at once, so that no edge gets lost meanwhile."""
 
     def take_lines(self) -> list[int]:
         """GSIs whose edges wait for Python."""
 
     def set_wake_fd(self, fd: int) -> None:
-        """Eventfd to signal when `take_lines` has something; -1: none."""
+        """Eventfd to signal when `take_lines` has something (duplicated); -1: none."""
 
     def add_irqfd(self, fd: int, gsi: int) -> None:
-        """An eventfd raises edges on `gsi`. EBUSY: it does already; EBADF: not open."""
+        """An eventfd (duplicated) raises edges on `gsi`. EBUSY: it raises one already; EBADF, EINVAL: no open eventfd."""
 
     def remove_irqfd(self, fd: int, gsi: int) -> bool:
-        """Undo `add_irqfd`; False if there was none."""
+        """Undo `add_irqfd`, by any descriptor of that eventfd: no edge comes after this. False if there was none."""
 
     def add_ioeventfd(self, address: int, len: int, fd: int, datamatch: int | None, pio: bool) -> None:
-        """Writes of `len` bytes (0: any) at `address` signal `fd`. EEXIST: taken."""
+        """Writes of `len` bytes (0: any) at `address` signal an eventfd (duplicated). EEXIST: taken; EBADF, EINVAL."""
 
-    def remove_ioeventfd(self, address: int, len: int, fd: int, datamatch: int | None, pio: bool) -> int:
-        """Undo `add_ioeventfd` (`fd` -1: whichever); returns its fd. ENOENT: none."""
+    def remove_ioeventfd(self, address: int, len: int, fd: int, datamatch: int | None, pio: bool) -> None:
+        """Undo `add_ioeventfd`, by any descriptor of that eventfd. ENOENT: none; EBADF, EINVAL."""
+
+    def close(self) -> None:
+        """Let go of all eventfds, and stop the PIT."""
 
     def arm_pit(self, at_ns: int, period_ns: int) -> None:
         """An edge on GSI 0 at `at_ns` of `monotonic_raw_ns`, then every `period_ns` if that isn't 0."""
@@ -76,8 +73,8 @@ class Vm:
     def cancel_pit(self) -> None:
         """Undo `arm_pit`."""
 
-    def clock_ns(self) -> int:
-        """The VM's clock (KVM_GET_CLOCK)."""
+    def clock(self) -> tuple[int, int, int]:
+        """The VM's clock and the time of day in nanoseconds, and the host's TSC then (KVM_GET_CLOCK)."""
 
     def set_clock_ns(self, ns: int) -> None:
         """Set it; guests' clock pages follow."""

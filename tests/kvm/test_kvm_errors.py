@@ -7,13 +7,18 @@ from collections.abc import Callable
 import pytest
 
 from kvmkit import kvm as kvmkit_kvm
-from kvmkit.kvm import GuestMemory, Kvm, Vcpu, Vm, msi_route
+from kvmkit.kvm import GuestMemory, Kvm, Vcpu, Vm, irqchip_route, msi_route
 from kvmkit.testing import Guest
 from kvmkit.uapi import x86
 from kvmkit.uapi.capabilities import KVM_CAP_IRQCHIP, KVM_CAP_NR_MEMSLOTS, KVM_CAP_USER_MEMORY
-from kvmkit.uapi.common import KVM_MEM_READONLY
+from kvmkit.uapi.common import KVM_MEM_READONLY, kvm_irq_routing_entry
+from kvmkit.uapi.x86 import KVM_IRQCHIP_IOAPIC
 
 VmCall = Callable[[Vm, int], object]
+
+
+def ioapic_route(gsi: int, pin: int) -> kvm_irq_routing_entry:
+    return irqchip_route(gsi, KVM_IRQCHIP_IOAPIC, pin)
 
 
 def test_system(kvm: Kvm) -> None:
@@ -69,6 +74,9 @@ def test_vm_without_chips(kvm: Kvm, call: VmCall, number: int) -> None:
         (lambda vm, fd: (vm.irqfd(fd, 4), vm.irqfd(fd, 4)), errno.EBUSY),
         (lambda vm, fd: (vm.ioeventfd(0x100, 4, fd), vm.ioeventfd(0x100, 4, fd)), errno.EEXIST),
         (lambda vm, fd: vm.set_gsi_routing([msi_route(1 << 20, 0, 0)]), errno.EINVAL),
+        (lambda vm, fd: vm.set_gsi_routing([msi_route(30, 0, 0), msi_route(30, 0, 1)]), errno.EINVAL),
+        (lambda vm, fd: vm.set_gsi_routing([ioapic_route(5, 4), ioapic_route(5, 5)]), errno.EINVAL),
+        (lambda vm, fd: vm.set_gsi_routing([ioapic_route(5, 24)]), errno.EINVAL),
         (lambda vm, fd: vm.set_boot_cpu_id(1), errno.EBUSY),
     ],
 )

@@ -10,8 +10,14 @@ from kvmkit.kvm import Kvm, irqchip_route, msi_route
 from kvmkit.kvm.exits import Hlt, Intr, Io, IrqWindowOpen
 from kvmkit.kvm.modes import set_long_mode
 from kvmkit.testing import CODE, DATA, TABLES, Guest
-from kvmkit.uapi.common import KVM_IRQFD_FLAG_DEASSIGN, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED
-from kvmkit.uapi.x86 import KVM_IRQCHIP_IOAPIC
+from kvmkit.uapi.common import (
+    KVM_IRQFD_FLAG_DEASSIGN,
+    KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED,
+)
+from kvmkit.uapi.x86 import KVM_IRQCHIP_IOAPIC, KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_vcpu_events
 
 READY, DELIVERED, MARKER = 0x10, 0x11, 0x12
 LAPIC = 0xFEE00000
@@ -437,3 +443,40 @@ def test_kick_from_another_thread(kvm: Kvm, code: str) -> None:
         assert guest.vcpu.run() == Intr()
         thread.join()
         assert guest.vcpu.immediate_exit
+
+
+def test_waiting_nmi_is_state(kvm: Kvm) -> None:
+    """KVM_GET_VCPU_EVENTS shows an NMI that KVM_RUN has not seen yet."""
+    with Guest(kvm, "hlt", irqchip=True) as guest:
+        guest.vcpu.nmi()
+        events = guest.vcpu.get_vcpu_events()
+        assert isinstance(events, kvm_vcpu_events)
+        assert events.nmi.pending or events.nmi.injected
+
+
+def test_waiting_init_is_state(kvm: Kvm) -> None:
+    """KVM_GET_MP_STATE takes up INIT and SIPI."""
+    with Guest(kvm, "hlt", irqchip=True, vcpus=2) as guest:
+        second = guest.vcpus[1]
+        assert second.get_mp_state() == KVM_MP_STATE_UNINITIALIZED
+        enabled = guest.vcpu.get_lapic()
+        enabled.regs[0xF1] |= 1  # KVM notes who has which ID only when an APIC is enabled
+        guest.vcpu.set_lapic(enabled)
+        assert guest.vm.signal_msi(LAPIC + (1 << 12), 5 << 8) == 1
+        assert second.get_mp_state() == KVM_MP_STATE_INIT_RECEIVED
+        guest.vm.signal_msi(LAPIC + (1 << 12), 6 << 8 | 0x12)
+        assert second.get_mp_state() == KVM_MP_STATE_RUNNABLE
+        assert second.get_sregs().cs.base == 0x12000
+
+
+def test_sipi_vector_of_the_events(kvm: Kvm) -> None:
+    """KVM_MP_STATE_SIPI_RECEIVED: the vCPU starts at the vector that KVM_SET_VCPU_EVENTS gave."""
+    with Guest(kvm, "hlt", irqchip=True, vcpus=2) as guest:
+        second = guest.vcpus[1]
+        events = second.get_vcpu_events()
+        assert isinstance(events, kvm_vcpu_events)
+        events.sipi_vector, events.flags = 0x12, KVM_VCPUEVENT_VALID_SIPI_VECTOR
+        second.set_vcpu_events(events)
+        second.set_mp_state(KVM_MP_STATE_SIPI_RECEIVED)
+        assert second.get_mp_state() == KVM_MP_STATE_RUNNABLE
+        assert second.get_sregs().cs.base == 0x12000

@@ -72,6 +72,12 @@ class IrqChip:
         for e in entries:
             if e.gsi >= 4096:
                 raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi} is 4096 or more")
+            if e.flags:
+                raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"flags {e.flags:#x} of GSI {e.gsi}")
+            if e.gsi in msis or (e.type == c.KVM_IRQ_ROUTING_MSI and e.gsi in pins):
+                raise ioctl_error(
+                    "KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi}: nothing beside a message"
+                )
             if e.type == c.KVM_IRQ_ROUTING_MSI:
                 address = e.u.msi.address_hi << 32 | e.u.msi.address_lo
                 msis.setdefault(e.gsi, []).append((address, e.u.msi.data))
@@ -84,16 +90,18 @@ class IrqChip:
                 }
                 if pin >= limit.get(chip, 0):
                     raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"chip {chip} has no pin {pin}")
+                if any(chip == other for other, _ in pins.get(e.gsi, ())):
+                    raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi}: chip {chip} twice")
                 pins.setdefault(e.gsi, []).append((chip, pin))
             else:
                 raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"routing type {e.type}")
         with self.lock:
             self.pins, self.msis = pins, msis
-            self._vm.clear_routes()
             self._publish()
 
     def _publish(self) -> None:
         """Compile what an edge on each GSI does into the engine's table."""
+        routes = []
         for gsi in self.pins.keys() | self.msis.keys():
             messages, python = [], False
             for chip, pin in self.pins.get(gsi, ()):
@@ -105,7 +113,8 @@ class IrqChip:
                     # A masked input still latches its edge, for when it is unmasked; not so once the whole PIC is
                     # retired in favour of the IOAPIC, which is the case that must be fast.
                     python |= not self.pic.retired
-            self._vm.set_route(gsi, messages, self.msis.get(gsi, []), python)
+            routes.append((gsi, messages, self.msis.get(gsi, []), python))
+        self._vm.set_routes(routes)
 
     def line(self, gsi: int, level: int) -> None:
         """KVM_IRQ_LINE: drive GSI `gsi`."""

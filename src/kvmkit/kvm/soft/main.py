@@ -7,12 +7,15 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from kvmkit import _engine
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
+from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.irqchip import IrqChip
 from kvmkit.kvm.soft.x86 import ioapic
 from kvmkit.kvm.soft.x86.cpuid import get_supported_cpuid
@@ -36,6 +39,8 @@ _EXTINT = 1 << 16
 _EVENT_FLAGS = (
     x.KVM_VCPUEVENT_VALID_NMI_PENDING | x.KVM_VCPUEVENT_VALID_SIPI_VECTOR | x.KVM_VCPUEVENT_VALID_SHADOW
 )
+
+_CLOCK_FLAGS = c.KVM_CLOCK_TSC_STABLE | c.KVM_CLOCK_REALTIME | c.KVM_CLOCK_HOST_TSC
 
 _CAPABILITIES = {
     cap.KVM_CAP_IRQCHIP: 1,
@@ -69,7 +74,7 @@ _CAPABILITIES = {
     cap.KVM_CAP_XCRS: 1,
     cap.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     cap.KVM_CAP_GET_TSC_KHZ: 1,
-    cap.KVM_CAP_ADJUST_CLOCK: 1,
+    cap.KVM_CAP_ADJUST_CLOCK: _CLOCK_FLAGS,
     cap.KVM_CAP_IMMEDIATE_EXIT: 1,
     cap.KVM_CAP_CHECK_EXTENSION_VM: 1,
     cap.KVM_CAP_INTERNAL_ERROR_DATA: 1,
@@ -155,18 +160,29 @@ class Vm(_Descriptor, contract.Vm):
         """Create one without memory or vCPUs."""
         self._vm = _engine.Vm(_engine.host_tsc_khz())
         self._slots: dict[int, tuple[int, int, int, int]] = {}  # gpa, size, hva, flags
+        self._slots_lock = threading.Lock()
         self._vcpus: dict[int, Vcpu] = {}
+        self._pid = os.getpid()
         self.irqchip: IrqChip | None = None
 
     def close(self) -> None:
-        """Release it with its vCPUs' chips. vCPUs must have left `run`."""
-        if not self._closed:
-            self._closed = True
-            for vcpu in list(self._vcpus.values()):
-                vcpu.close()
-            self._vcpus.clear()
-            if self.irqchip:
-                self.irqchip.close()
+        """Release it with its vCPUs and chips. vCPUs must have left `run`. In a child of os.fork it is the parent's still."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.forked:
+            return
+        for vcpu in list(self._vcpus.values()):
+            vcpu.close()
+        self._vcpus.clear()
+        if self.irqchip:
+            self.irqchip.close()
+        self._vm.close()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that the VM belongs to."""
+        return os.getpid() != self._pid
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION."""
@@ -197,6 +213,13 @@ class Vm(_Descriptor, contract.Vm):
             raise ioctl_error(name, errno.EINVAL, "addresses and size must be multiples of 4096")
         if guest_phys_addr + memory_size > _MAX_PHYSICAL or userspace_addr + memory_size >= 1 << 47:
             raise ioctl_error(name, errno.EINVAL, "beyond the end of the address space")
+        with self._slots_lock:
+            self._set_slot(slot, guest_phys_addr, memory_size, userspace_addr, flags)
+
+    def _set_slot(
+        self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int
+    ) -> None:
+        name = "KVM_SET_USER_MEMORY_REGION"
         old = self._slots.get(slot)
         if memory_size == 0:
             if old is None:
@@ -274,43 +297,13 @@ class Vm(_Descriptor, contract.Vm):
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
         """KVM_IRQFD; resampling isn't offered."""
-        name = "KVM_IRQFD"
-        self._chip(name, errno.EINVAL)
-        if flags & ~c.KVM_IRQFD_FLAG_DEASSIGN:
-            raise ioctl_error(name, errno.EINVAL, f"flags {flags:#x}")
-        _check_eventfd(name, fd)
-        if flags & c.KVM_IRQFD_FLAG_DEASSIGN:
-            self._vm.remove_irqfd(fd, gsi)
-            return
-        try:
-            self._vm.add_irqfd(fd, gsi)
-        except OSError as error:
-            raise ioctl_error(name, error.errno or errno.EINVAL) from error
+        self._chip("KVM_IRQFD", errno.EINVAL)
+        eventfd.irqfd(self._vm, fd, gsi, flags)
 
     def ioeventfd(self, addr: int, len: int, fd: int, datamatch: int = 0, flags: int = 0) -> None:
         """KVM_IOEVENTFD."""
-        name = "KVM_IOEVENTFD"
-        self._check(name)
-        known = c.KVM_IOEVENTFD_FLAG_DATAMATCH | c.KVM_IOEVENTFD_FLAG_PIO | c.KVM_IOEVENTFD_FLAG_DEASSIGN
-        if len not in (0, 1, 2, 4, 8) or flags & ~known or addr + len >= 1 << 64:
-            raise ioctl_error(name, errno.EINVAL)
-        match = datamatch if flags & c.KVM_IOEVENTFD_FLAG_DATAMATCH else None
-        if len == 0 and match is not None:
-            raise ioctl_error(name, errno.EINVAL, "datamatch needs a length")
-        pio = bool(flags & c.KVM_IOEVENTFD_FLAG_PIO)
-        try:
-            if flags & c.KVM_IOEVENTFD_FLAG_DEASSIGN:
-                os.close(self._vm.remove_ioeventfd(addr, len, -1, match, pio))
-                return
-            _check_eventfd(name, fd)
-            own = os.dup(fd)
-            try:
-                self._vm.add_ioeventfd(addr, len, own, match, pio)
-            except OSError:
-                os.close(own)
-                raise
-        except OSError as error:
-            raise ioctl_error(name, error.errno or errno.EINVAL) from error
+        self._check("KVM_IOEVENTFD")
+        eventfd.ioeventfd(self._vm, addr, len, fd, datamatch, flags)
 
     def signal_msi(self, address: int, data: int, flags: int = 0, devid: int = 0) -> int:
         """KVM_SIGNAL_MSI."""
@@ -354,12 +347,18 @@ class Vm(_Descriptor, contract.Vm):
     def get_clock(self) -> common.kvm_clock_data:
         """KVM_GET_CLOCK."""
         self._check("KVM_GET_CLOCK")
-        return c.kvm_clock_data(clock=self._vm.clock_ns())
+        clock, realtime, host_tsc = self._vm.clock()
+        return c.kvm_clock_data(clock=clock, flags=_CLOCK_FLAGS, realtime=realtime, host_tsc=host_tsc)
 
     def set_clock(self, data: common.kvm_clock_data) -> None:
-        """KVM_SET_CLOCK."""
+        """KVM_SET_CLOCK. With KVM_CLOCK_REALTIME, the time that has passed since `realtime` is added."""
         self._check("KVM_SET_CLOCK")
-        self._vm.set_clock_ns(data.clock)
+        if data.flags & ~_CLOCK_FLAGS:
+            raise ioctl_error("KVM_SET_CLOCK", errno.EINVAL, f"flags {data.flags:#x}")
+        passed_ns = 0
+        if data.flags & c.KVM_CLOCK_REALTIME:
+            passed_ns = max(time.clock_gettime_ns(time.CLOCK_REALTIME) - data.realtime, 0)
+        self._vm.set_clock_ns(data.clock + passed_ns & (1 << 64) - 1)
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
@@ -369,15 +368,6 @@ class Vm(_Descriptor, contract.Vm):
     def stats(self) -> dict[str, int]:
         """Return counters of the engine (no ioctl)."""
         return dict(self._vm.stats())
-
-
-def _check_eventfd(name: str, fd: int) -> None:
-    try:
-        target = os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:
-        raise ioctl_error(name, errno.EBADF) from None
-    if target != "anon_inode:[eventfd]":
-        raise ioctl_error(name, errno.EINVAL)
 
 
 class Vcpu(_Descriptor, contract.Vcpu):
@@ -397,7 +387,8 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """Release it. It must have left `run`."""
         if not self._closed:
             self._closed = True
-            self._vcpu.kick()
+            if not self._machine.forked:
+                self._vcpu.kick()
 
     @property
     def kvm_run(self) -> x.kvm_run:
@@ -427,7 +418,8 @@ class Vcpu(_Descriptor, contract.Vcpu):
                     continue
                 elif reason == _EXTINT:
                     with chip.lock:
-                        self._vcpu.interrupt(chip.pic.acknowledge())
+                        if chip.pic.intr:  # no other vCPU was faster
+                            self._vcpu.interrupt(chip.pic.acknowledge())
                     continue
             if reason == c.KVM_EXIT_INTR:
                 return Intr()

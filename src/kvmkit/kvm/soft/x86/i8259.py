@@ -209,6 +209,11 @@ class Pic:
         self.update()
 
     @property
+    def intr(self) -> bool:
+        """Level of INTR."""
+        return self._level
+
+    @property
     def retired(self) -> bool:
         """Whether every input of the master, and with it the slave, is masked."""
         return self.chips[0].imr == 0xFF

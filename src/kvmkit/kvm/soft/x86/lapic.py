@@ -15,12 +15,15 @@ mask, derived from the id). Delivery modes: fixed, lowest priority, NMI, INIT, S
 **LVT** entries turn local events into interrupts: the timer, LINT0 (the PIC's line on the boot processor), LINT1 (NMI), errors.
 
 **Timer.** One-shot and periodic modes count down from INITIAL_COUNT at 1 GHz over the divider; TSC-deadline mode fires when the TSC
-reaches an MSR. Nothing ticks: CURRENT_COUNT follows from the time, and one thread per VM waits for the next expiry.
+reaches an MSR. Nothing ticks: CURRENT_COUNT follows from the time, and one thread per VM waits for the next expiry. KVM_SET_LAPIC
+goes on with what is left of CURRENT_COUNT; a one-shot timer with nothing left fires (again), as on the kernel's KVM.
 
 Registers lie 16 bytes apart in a page at IA32_APIC_BASE (xAPIC), or are MSRs from 0x800 (x2APIC). `kvm_lapic_state` is the page's
 first KiB. The hot part - all of the above - is `engine/src/lapic.rs`, which takes no GIL; this file names the registers and
 reads and writes them from outside, for whoever inspects a vCPU. (Intel SDM volume 3, chapter 11.)
 """
+
+from collections.abc import Mapping
 
 from kvmkit.kvm.contract import Vcpu
 from kvmkit.uapi import x86
@@ -34,6 +37,7 @@ INITIAL_COUNT, CURRENT_COUNT, DIVIDE = 0x380, 0x390, 0x3E0
 
 FIXED, LOWEST, SMI, NMI, INIT, SIPI, EXTINT = 0, 1, 2, 4, 5, 6, 7
 """Delivery modes."""
+TIMER_PERIODIC, TIMER_TSC_DEADLINE = 1 << 17, 2 << 17
 MASKED = 1 << 16
 """Of an LVT entry."""
 
@@ -52,10 +56,16 @@ class Lapic:
 
     def __setitem__(self, register: int, value: int) -> None:
         """Write a 32-bit register as state, without what a guest's write sets off."""
+        self.update({register: value})
+
+    def update(self, registers: Mapping[int, int]) -> None:
+        """Write several registers at once."""
         raw = bytearray(self.vcpu.get_lapic())
-        raw[register : register + 4] = value.to_bytes(4, "little")
+        for register, value in registers.items():
+            raw[register : register + 4] = value.to_bytes(4, "little")
         self.vcpu.set_lapic(x86.kvm_lapic_state.from_buffer_copy(raw))
 
     def vectors(self, bit_map: int) -> list[int]:
         """Return the vectors whose bit is set in IRR, ISR or TMR."""
-        return [v for v in range(256) if self[bit_map + (v >> 5 << 4)] >> (v & 31) & 1]
+        raw = bytes(self.vcpu.get_lapic())
+        return [v for v in range(256) if raw[bit_map + (v >> 5 << 4) + (v >> 3 & 3)] >> (v & 7) & 1]
