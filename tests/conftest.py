@@ -1,5 +1,6 @@
 """What tests of machines share: the engines that can be used here, and tiny kernels."""
 
+import functools
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 import kvmkit.kvm
+from kvmkit.kvm.probe import SLOW_MIPS, supervisor_mips
 from kvmkit.testing.kernel import assemble_kernel
 
 settings.register_profile("kvmkit", deadline=None)  # the machine may be busy
@@ -27,6 +29,21 @@ def engine(request: pytest.FixtureRequest) -> str:
         except OSError as error:
             pytest.skip(f"kvm: {error.strerror}")
     return name
+
+
+@functools.cache
+def runs_linux(engine: str) -> bool:
+    """Whether an unmodified Linux runs on an engine here: not on a KVM that emulates supervisor code."""
+    with kvmkit.kvm.open(engine) as system:
+        return engine == "soft" or supervisor_mips(system) >= SLOW_MIPS
+
+
+@pytest.fixture
+def linux_engine(engine: str) -> str:
+    """Each engine that runs an unmodified Linux here."""
+    if not runs_linux(engine):
+        pytest.skip(f"{engine}: a KVM without hardware behind it doesn't run an unmodified Linux")
+    return engine
 
 
 @pytest.fixture(scope="session")
