@@ -375,6 +375,8 @@ pub enum Exit {
     Shutdown,
     IrqWindowOpen,
     Intr,
+    /// Not for user space: Python must look for signals (`request::SIGNALS`).
+    Signals,
     /// A level-triggered vector ended; the IOAPIC is told.
     IoapicEoi(u8),
     /// The PIC's INTR line is up and the vCPU accepts: the vector comes back by KVM_INTERRUPT.
@@ -546,6 +548,8 @@ pub struct Vcpu {
     pub fetch: Box<crate::mmu::FetchCache>,
     /// Translate nothing (tests, debugging).
     pub interpret_only: bool,
+    /// The timer `timer::SIGNALS` runs.
+    pub signals_armed: bool,
 }
 
 impl Vcpu {
@@ -588,6 +592,7 @@ impl Vcpu {
             log: Box::default(),
             fetch: Box::default(),
             interpret_only: false,
+            signals_armed: false,
         };
         this.reset();
         this.mp_state =
@@ -645,6 +650,7 @@ impl Vcpu {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         self.shared.detach();
+        self.vm.timers.cancel(crate::timer::SIGNALS | self.shared.id as u64);
         self.vm.vcpus.write().unwrap().retain(|v| !Arc::ptr_eq(v, &self.shared));
     }
 }

@@ -302,6 +302,39 @@ struct Vcpu {
     pid: u32,
 }
 
+impl Vcpu {
+    /// None: Python must look for signals.
+    fn run_detached(&self, main: bool) -> PyResult<Option<(u32, Option<String>)>> {
+        let mut guard = self.cpu.lock().unwrap();
+        let v: &mut CpuState = &mut guard;
+        self.complete(v);
+        if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 {
+            run::complete(v);
+            self.write(kvm_run::EXIT_REASON, &reason::INTR.to_le_bytes());
+            return Ok(Some((reason::INTR, None)));
+        }
+        if v.shared.lapic.is_none() && v.mp_state == mp_state::UNINITIALIZED {
+            return Err(os_error(libc::EAGAIN));
+        }
+        v.window_requested = self.byte(kvm_run::REQUEST_INTERRUPT_WINDOW).load(Ordering::SeqCst) != 0;
+        if v.window_requested {
+            v.cpu.poll[1] = 1;
+        }
+        if main && !v.signals_armed {
+            v.signals_armed = true;
+            let (key, period) = (timer::SIGNALS | self.shared.id as u64, timer::SIGNALS_PERIOD_NS);
+            v.vm.timers.arm_periodic(&v.vm, key, crate::pvclock::monotonic_ns() + period, period);
+        }
+        let exit = run::run(v);
+        if exit == Exit::Signals {
+            return Ok(None);
+        }
+        let reason = self.publish(v, &exit);
+        let message = if let Exit::InternalError(m) = exit { Some(m) } else { None };
+        Ok(Some((reason, message)))
+    }
+}
+
 impl Drop for Vcpu {
     fn drop(&mut self) {
         if !forked(self.pid) {
@@ -372,7 +405,7 @@ impl Vcpu {
             Exit::Hlt => reason::HLT,
             Exit::Shutdown => reason::SHUTDOWN,
             Exit::IrqWindowOpen => reason::IRQ_WINDOW_OPEN,
-            Exit::Intr => reason::INTR,
+            Exit::Intr | Exit::Signals => reason::INTR,
             Exit::IoapicEoi(vector) => {
                 self.write(U, &[*vector]);
                 reason::IOAPIC_EOI
@@ -404,30 +437,18 @@ impl Vcpu {
 
 #[pymethods]
 impl Vcpu {
-    /// KVM_RUN: returns (exit reason, message of an internal error).
-    fn run(&self, py: Python<'_>) -> PyResult<(u32, Option<String>)> {
+    /// KVM_RUN: returns (exit reason, message of an internal error). `main`: this is Python's main thread.
+    fn run(&self, py: Python<'_>, main: bool) -> PyResult<(u32, Option<String>)> {
         check_pid(self.pid)?;
-        py.detach(|| {
-            let mut guard = self.cpu.lock().unwrap();
-            let v: &mut CpuState = &mut guard;
-            self.complete(v);
-            if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 {
-                run::complete(v);
-                self.write(kvm_run::EXIT_REASON, &reason::INTR.to_le_bytes());
-                return Ok((reason::INTR, None));
+        loop {
+            self.shared.on_main_thread.store(main, Ordering::Relaxed);
+            let result = py.detach(|| self.run_detached(main));
+            self.shared.on_main_thread.store(false, Ordering::Relaxed);
+            match result? {
+                Some(exit) => return Ok(exit),
+                None => py.check_signals()?,
             }
-            if v.shared.lapic.is_none() && v.mp_state == mp_state::UNINITIALIZED {
-                return Err(os_error(libc::EAGAIN));
-            }
-            v.window_requested = self.byte(kvm_run::REQUEST_INTERRUPT_WINDOW).load(Ordering::SeqCst) != 0;
-            if v.window_requested {
-                v.cpu.poll[1] = 1;
-            }
-            let exit = run::run(v);
-            let reason = self.publish(v, &exit);
-            let message = if let Exit::InternalError(m) = exit { Some(m) } else { None };
-            Ok((reason, message))
-        })
+        }
     }
 
     /// Make `run` return with KVM_EXIT_INTR, now or at its next call.

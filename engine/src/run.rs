@@ -96,6 +96,11 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
         poll_word(&v.cpu).store(1, Ordering::SeqCst);
         return Some(Exit::Intr);
     }
+    if requests & request::SIGNALS != 0 && v.shared.on_main_thread.load(Ordering::Relaxed) {
+        v.shared.requests.fetch_or(requests & !(request::SIGNALS | request::SAFEPOINT), Ordering::SeqCst);
+        poll_word(&v.cpu).store(1, Ordering::SeqCst);
+        return Some(Exit::Signals);
+    }
     if requests & request::CLOCK != 0 {
         pvclock::update(v);
     }

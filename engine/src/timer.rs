@@ -10,6 +10,9 @@ use std::time::Duration;
 
 /// Keys below are vCPU ids (`lapic::timer_key`); these are others.
 pub const PIT: u64 = 1 << 32;
+/// Or-ed to a vCPU id: Python's signals are due for a look.
+pub const SIGNALS: u64 = 1 << 33;
+pub const SIGNALS_PERIOD_NS: u64 = 50_000_000;
 /// A guest must not keep the host busy with a timer: periodic ones have at least this period (KVM's
 /// `min_timer_period_us`).
 pub const MIN_PERIOD_NS: u64 = 200_000;

@@ -25,6 +25,8 @@ pub struct VcpuShared {
     /// Pending requests, `request::*`.
     pub requests: AtomicU32,
     running: AtomicBool,
+    /// Python's main thread is in KVM_RUN.
+    pub on_main_thread: AtomicBool,
     /// Local APIC, if the VM has an in-kernel irqchip.
     pub lapic: Option<Lapic>,
     /// A halted vCPU sleeps here.
@@ -46,6 +48,8 @@ pub mod request {
     pub const SAFEPOINT: u32 = 32;
     /// Rewrite the paravirtual clock page.
     pub const CLOCK: u32 = 64;
+    /// Let Python look for signals: its handlers run on the main thread alone, and only while it holds the GIL.
+    pub const SIGNALS: u32 = 128;
 }
 
 impl VcpuShared {
@@ -55,6 +59,7 @@ impl VcpuShared {
             cpu: AtomicPtr::new(cpu),
             requests: AtomicU32::new(0),
             running: AtomicBool::new(false),
+            on_main_thread: AtomicBool::new(false),
             lapic,
             sleep: Mutex::new(false),
             wake: Condvar::new(),
@@ -261,7 +266,13 @@ impl Vm {
             return None;
         }
         let vcpus = self.vcpus.read().unwrap();
-        let v = vcpus.iter().find(|v| v.id as u64 == key)?;
+        let v = vcpus.iter().find(|v| v.id == key as u32)?;
+        if key & timer::SIGNALS != 0 {
+            if v.on_main_thread.load(Ordering::Relaxed) {
+                v.request(request::SIGNALS);
+            }
+            return None;
+        }
         v.lapic.as_ref()?.timer_fired(v, now)
     }
 }

@@ -88,8 +88,12 @@ class Vm:
 class Vcpu:
     """A virtual processor. State access waits while another thread is in `run`."""
 
-    def run(self) -> tuple[int, str | None]:
-        """KVM_RUN without the GIL: exit reason, and what an internal error was. Fills in kvm_run; reads its answers."""
+    def run(self, main: bool) -> tuple[int, str | None]:
+        """KVM_RUN without the GIL: exit reason, and what an internal error was. Fills in kvm_run; reads its answers.
+
+        `main`: the caller is Python's main thread, whose signal handlers are to run meanwhile (20 times a second); what they
+        raise ends the run.
+        """
 
     def kick(self) -> None:
         """Make `run`, now or next, return KVM_EXIT_INTR. Any thread."""

@@ -1,6 +1,7 @@
 """Interrupts: lines, eventfds, messages, timers, IPIs, and how HLT, signals and kicks end."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 
@@ -480,3 +481,29 @@ def test_sipi_vector_of_the_events(kvm: Kvm) -> None:
         second.set_mp_state(KVM_MP_STATE_SIPI_RECEIVED)
         assert second.get_mp_state() == KVM_MP_STATE_RUNNABLE
         assert second.get_sregs().cs.base == 0x12000
+
+
+@pytest.mark.parametrize("code", ["spin: jmp spin", "sti\nspin: hlt\njmp spin"])
+def test_signal_handler_that_raises_ends_the_run(kvm: Kvm, code: str) -> None:
+    """As Ctrl-C does: on the main thread, whether the guest is busy or asleep; afterwards the vCPU is whole."""
+
+    class Raised(Exception):
+        pass
+
+    def handler(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise Raised
+
+    with Guest(kvm, f"out {READY}, al\n{code}", irqchip=True) as guest:
+        assert port(guest) == READY
+        old = signal.signal(signal.SIGALRM, handler)
+        try:
+            with pytest.raises(Raised):
+                # Again and again: one that comes just before KVM_RUN doesn't end it.
+                signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+                while True:
+                    guest.vcpu.run()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, old)
+        assert CODE < guest.vcpu.get_regs().rip < CODE + 16

@@ -398,11 +398,16 @@ class Vcpu(_Descriptor, contract.Vcpu):
         return self._run
 
     def run(self) -> Exit:
-        """KVM_RUN. Accesses to the chips that KVM_CREATE_IRQCHIP made are handled here."""
+        """KVM_RUN. Accesses to the chips that KVM_CREATE_IRQCHIP made are handled here.
+
+        On the main thread, Python's signal handlers run meanwhile, within 50 ms; one that raises (Ctrl-C does) ends the run, and
+        one that wants `run` to return calls `kick`.
+        """
+        main = threading.current_thread() is threading.main_thread()
         run = self.kvm_run
         chip = self._machine.irqchip
         while True:
-            reason, message = self._vcpu.run()
+            reason, message = self._vcpu.run(main)
             if chip is not None:
                 if reason == c.KVM_EXIT_IO:
                     if chip.owns_port(run.exit.io.port):
