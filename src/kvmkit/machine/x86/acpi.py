@@ -27,8 +27,11 @@ _EDGE_AS_ON_ISA, _LEVEL_ACTIVE_HIGH = 0, 0b1101
 _ALL_CPUS = 0xFF
 
 
-def build(base: int, cpus: int) -> bytes:
-    """Return all tables for a board of `cpus` processors with APIC ids from 0, to lie at `base`, which is where the RSDP is."""
+def build(base: int, cpus: int, virtio_devices: int = 0) -> bytes:
+    """Return all tables for a board of `cpus` processors with APIC ids from 0 and `virtio_devices`, to lie at `base`.
+
+    That is where the RSDP is.
+    """
     if not 1 <= cpus <= MAX_CPUS:
         raise ValueError(f"{cpus} CPUs: this board has 1 to {MAX_CPUS}")
     image = bytearray(64)  # the RSDP comes last, in front
@@ -39,7 +42,7 @@ def build(base: int, cpus: int) -> bytes:
         return base + len(image) - len(data)
 
     facs = place(_facs())
-    dsdt = place(_dsdt())
+    dsdt = place(_dsdt(virtio_devices))
     tables = [place(_fadt(facs, dsdt)), place(_madt(cpus))]
     xsdt = place(table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     image[:36] = _rsdp(xsdt)
@@ -110,7 +113,7 @@ def _madt(cpus: int) -> bytes:
     return table(b"APIC", 5, struct.pack("<II", layout.LAPIC, pcat_compat) + b"".join(entries))
 
 
-def _dsdt() -> bytes:
+def _dsdt(virtio_devices: int) -> bytes:
     com1 = aml.device(
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
@@ -125,4 +128,15 @@ def _dsdt() -> bytes:
     )
     slp_typ = aml.integer(acpi_pm.SLP_TYP_S5)
     s5 = aml.name("\\_S5", aml.package(slp_typ, slp_typ, aml.integer(0), aml.integer(0)))
-    return table(b"DSDT", 2, s5 + aml.scope("\\_SB", com1, clock))
+    return table(b"DSDT", 2, s5 + aml.scope("\\_SB", com1, clock, *map(_virtio_mmio, range(virtio_devices))))
+
+
+def _virtio_mmio(i: int) -> bytes:
+    registers = aml.memory32(layout.VIRTIO_MMIO + i * layout.PAGE_BYTES, layout.PAGE_BYTES)
+    return aml.device(
+        f"VR{i:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(i)),
+        aml.name("_CCA", aml.integer(1)),
+        aml.name("_CRS", aml.resources(registers, aml.interrupt(layout.VIRTIO_GSIS[i]))),
+    )

@@ -90,6 +90,16 @@ def irq(number: int) -> bytes:
     return struct.pack("<BH", 0x22, 1 << number)
 
 
+def interrupt(gsi: int) -> bytes:
+    """Interrupt(ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}: for those above 15 too."""
+    return struct.pack("<BHBBI", 0x89, 6, 0b0011, 1, gsi)
+
+
+def memory32(base: int, length: int) -> bytes:
+    """Memory32Fixed(ReadWrite, base, length)."""
+    return struct.pack("<BHBII", 0x86, 9, 1, base, length)
+
+
 def _with_length(data: bytes) -> bytes:
     """PkgLength, which counts itself, before `data`."""
     if len(data) + 1 < 1 << 6:

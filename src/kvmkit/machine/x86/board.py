@@ -1,7 +1,8 @@
 """The board: memory, interrupt chips and timers from the engine, devices from here, and processors as the boot protocol wants them."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from kvmkit.devices.acpi_pm import PM1_CNT_BYTES, PM1_EVT_BYTES, AcpiPm
@@ -11,6 +12,8 @@ from kvmkit.devices.i8042 import I8042
 from kvmkit.devices.pci import PciConfig
 from kvmkit.devices.rtc import Rtc
 from kvmkit.devices.serial import Serial
+from kvmkit.devices.virtio.device import VirtioDevice
+from kvmkit.devices.virtio.mmio import VirtioMmio
 from kvmkit.kvm import GuestMemory, Kvm, MemoryMap, Vcpu, Vm, irqchip_route
 from kvmkit.kvm.exits import Io, Mmio
 from kvmkit.machine.x86 import acpi, boot, layout
@@ -53,13 +56,22 @@ class X86Board:
         on_reset: Callable[[], None],
         on_power_off: Callable[[], None],
         on_exit_code: Callable[[int], None],
+        devices: Sequence[VirtioDevice] = (),
     ) -> None:
-        """Build it on `vm`, a new VM of `system`, which stays the caller's. `ValueError` for a size that can't be."""
+        """Build it on `vm`, a new VM of `system`, which stays the caller's. `ValueError` for a size that can't be.
+
+        `devices` become the board's to close, if it can be built at all.
+        """
+        if len(devices) > len(layout.VIRTIO_GSIS):
+            raise ValueError(
+                f"{len(devices)} virtio devices: this board has room for {len(layout.VIRTIO_GSIS)}"
+            )
         self.memory_bytes = memory_bytes
         self.memory = MemoryMap()
         self.vcpus: list[Vcpu] = []
+        self._transports = ExitStack()
         blocks = layout.ram(memory_bytes)
-        tables = acpi.build(layout.ACPI, cpus)
+        tables = acpi.build(layout.ACPI, cpus, len(devices))
         self._buses = Buses()
         self.pio: Callable[[Io], None] = self._buses.pio
         self.mmio: Callable[[Mmio], None] = self._buses.mmio
@@ -81,6 +93,8 @@ class X86Board:
                 self.memory.add(gpa, GuestMemory(size_bytes))
             self.memory.attach(vm)
             self.memory.write(layout.ACPI, tables)
+            for i, device in enumerate(devices):
+                self._add_virtio(vm, i, device)
             deadline = bool(system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
             supported = system.get_supported_cpuid()
             for id in range(cpus):
@@ -120,9 +134,16 @@ class X86Board:
     def close(self) -> None:
         """Release processors and memory, none of them running any more. The VM is to be closed as well."""
         self.serial.close()
+        self._transports.close()
         for vcpu in self.vcpus:
             vcpu.close()
         self.memory.close()
+
+    def _add_virtio(self, vm: Vm, i: int, device: VirtioDevice) -> None:
+        base = layout.VIRTIO_MMIO + i * layout.PAGE_BYTES
+        transport = VirtioMmio(device, vm, self.memory, base=base, gsi=layout.VIRTIO_GSIS[i])
+        self._transports.callback(transport.close)
+        self._buses.memory.register(base, layout.PAGE_BYTES, transport)
 
     def _enter_linux64(self, entry: boot.Entry) -> None:
         """64-bit mode, paging on with the first 4 GiB mapped to themselves, interrupts off, boot_params in rsi."""

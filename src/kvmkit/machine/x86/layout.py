@@ -28,6 +28,10 @@ KERNEL_MIN = 0x100000
 RAM_LOW_END = 3 << 30
 RAM_HIGH_START = 4 << 30
 
+VIRTIO_MMIO = 0xD0000000
+"""A page of registers for each virtio device, in order, with an interrupt of its own each."""
+VIRTIO_GSIS = (16, 17, 18, 19, 20, 21, 22, 23, 5, 10, 11, 12, 14, 15, 7, 6)
+
 IOAPIC = 0xFEC00000
 LAPIC = 0xFEE00000
 IDENTITY_MAP = 0xFFFBC000
