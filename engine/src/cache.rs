@@ -5,7 +5,7 @@
 //! in order and taken back all at once.
 
 use crate::cpu::{Cpu, mmu_mode, tlb_invalid};
-use crate::jumps::{JUMP_ENTRIES, JumpEntry, Jumps, LINKS};
+use crate::jumps::{JUMP_ENTRIES, Jumps, LINKS};
 use crate::mem::CodePages;
 use crate::thunks;
 use crate::translate::{Decoded, Entry, Link, LinkIds, Mode, Translator};
@@ -37,8 +37,6 @@ pub struct Block {
     pub entry_b: u32,
     /// Links of other blocks that lead here.
     incoming: Vec<u32>,
-    /// This block's own links.
-    links: Vec<u32>,
     map: Vec<(u32, u16, bool)>,
     valid: bool,
 }
@@ -192,9 +190,6 @@ impl CodeCache {
     pub fn used(&self) -> usize {
         self.used
     }
-    pub fn contains(&self, pc: u64) -> bool {
-        pc.wrapping_sub(self.rx as u64) < CACHE_BYTES as u64
-    }
     pub fn bounds(&self) -> (u64, u64) {
         (self.rx as u64, self.rx as u64 + CACHE_BYTES as u64)
     }
@@ -223,14 +218,12 @@ impl CodeCache {
         self.used = (place + len).next_multiple_of(16);
         let id = self.blocks.len() as u32;
         let at = |offset: u32| place as u32 + offset;
-        let mut links = Vec::with_capacity(t.links.len());
         for (n, mut link) in t.links {
             if link.site != 0 {
                 link.site = at(link.site);
                 link.stub = at(link.stub);
             }
             self.links.insert(n, link);
-            links.push(n);
         }
         self.decoded.extend(t.decoded);
         let page = self.pages.entry(key.page).or_default();
@@ -245,7 +238,6 @@ impl CodeCache {
             entry_poll: at(t.entry_poll),
             entry_b: at(t.entry_b),
             incoming: Vec::new(),
-            links,
             map: t.map,
             valid: true,
         });
@@ -344,7 +336,6 @@ impl CodeCache {
         let key = b.key;
         let host = self.rx as u64 + b.entry_b as u64;
         let incoming = std::mem::take(&mut b.incoming);
-        let own = std::mem::take(&mut b.links);
         self.map.remove(&key);
         let (miss_host, miss_saved) = (self.miss_host, self.miss_saved);
         let mut slots = Vec::new();
@@ -357,16 +348,12 @@ impl CodeCache {
         }
         each_cpu(&mut |cpu| {
             let jumps: &mut Jumps = &mut cpu.jumps;
-            let e = &mut jumps.table[key.mode.mmu()][Jumps::index(key.rip)];
-            if e.host == host {
-                *e = JumpEntry { rip: u64::MAX, host: 0 };
-            }
+            jumps.forget(key.mode.mmu(), key.rip, host);
             for &s in &slots {
                 jumps.links[s as usize] = if (s as usize) < LINKS / 2 { miss_host } else { miss_saved };
             }
         });
         // The block may be executing: its links stay usable until it is left, and resolve by themselves.
-        let _ = own;
         self.invalidated += 1;
     }
 

@@ -67,6 +67,13 @@ impl Jumps {
         self.table[mode][i] = JumpEntry { rip, host };
         self.record(global, 1 << 31 | (mode as u32) << 24 | i as u32);
     }
+    /// Forget that `rip` leads to `host`, if that is what it leads to.
+    pub fn forget(&mut self, mode: usize, rip: u64, host: u64) {
+        let i = Self::index(rip);
+        if self.table[mode][i].host == host {
+            self.table[mode][i] = empty(i);
+        }
+    }
     pub fn set_link(&mut self, link: u32, host: u64, global: bool) {
         self.links[link as usize] = host;
         self.record(global, link);

@@ -44,3 +44,18 @@ fn a_jump_to_the_last_byte_faults_in_the_guest() {
         }
     }
 }
+
+#[test]
+fn nor_does_one_left_by_an_invalidated_block() {
+    let mut m = Machine::new(4 << 20);
+    m.long_mode();
+    // The last byte of a page and of the address space share their place in the jump table.
+    let last = FREE + 0x1fff;
+    m.write(last, &[0xc3]);
+    m.write(FREE + 0x2000, &[0xf4]);
+    // call rax; mov byte [rax], 0xc3; mov rbx, -1; jmp rbx
+    m.v.cpu.gpr[0] = last;
+    let code = [0xff, 0xd0, 0xc6, 0x00, 0xc3, 0x48, 0xc7, 0xc3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xe3];
+    assert_eq!(m.run(&code), Exit::Hlt);
+    assert_eq!((m.halted_in(), m.v.cpu.cr2), (Some(14), u64::MAX));
+}
