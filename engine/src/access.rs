@@ -4,6 +4,7 @@
 //! stops the instruction before it changed anything; see `IoState` for how devices fit in.
 
 use crate::cpu::{Cpu, Exit, Res, TlbEntry, Vcpu};
+use crate::debug::{self, Kind};
 use crate::mem::{LOG_DIRTY, READONLY, Slot};
 use crate::mmu::{self, Intent};
 
@@ -32,6 +33,7 @@ fn hit(cpu: &Cpu, la: u64, len: usize, mode: usize, tag: impl Fn(&TlbEntry) -> u
 /// Read `to.len()` bytes at `la`.
 pub fn read(vcpu: &mut Vcpu, la: u64, to: &mut [u8], mode: usize) -> Res<()> {
     let len = to.len();
+    debug::access(vcpu, Kind::Read, la, len);
     if let Some(p) = hit(&vcpu.cpu, la, len, mode, |e| e.read) {
         // SAFETY: the TLB holds pages of guest memory only; the access lies within one.
         unsafe { copy_from_guest(p, to) };
@@ -93,6 +95,7 @@ pub fn check_write(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<()> {
 
 /// Write `from` at `la`. The last thing that an instruction does.
 pub fn write(vcpu: &mut Vcpu, la: u64, from: &[u8], mode: usize) -> Res<()> {
+    debug::access(vcpu, Kind::Write, la, from.len());
     if let Some(p) = hit(&vcpu.cpu, la, from.len(), mode, |e| e.write) {
         // SAFETY: as in `read`; a write tag says that nobody else need know.
         unsafe { copy_to_guest(from, p) };
@@ -149,6 +152,7 @@ pub fn direct(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<Option<(*m
     if (la & 0xfff) + len > 4096 {
         return Ok(None);
     }
+    debug::access(vcpu, Kind::Write, la, len as usize);
     let gpa = mmu::walk(vcpu, la, Intent::Write, mode)?.gpa + (la & 0xfff);
     if vcpu.is_lapic(gpa) {
         return Ok(None);

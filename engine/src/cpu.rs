@@ -520,8 +520,10 @@ pub struct Vcpu {
     pub slots: Arc<Slots>,
     pub cpuid: Vec<CpuidEntry>,
     pub io: IoState,
-    /// The single-step trap of an instruction that left for user space: delivered on re-entry.
+    /// An exception that comes before the next instruction: the debug trap of one that left for user space, or what
+    /// user space injected.
     pub injected: Option<Exception>,
+    pub debug: crate::debug::Debug,
     pub nmi_masked: bool,
     /// Mode of the block being executed.
     pub block_mode: crate::translate::Mode,
@@ -577,6 +579,7 @@ impl Vcpu {
             cpuid: Vec::new(),
             io: IoState::default(),
             injected: None,
+            debug: Default::default(),
             nmi_masked: false,
             block_mode: Default::default(),
             generation: 0,
@@ -633,6 +636,8 @@ impl Vcpu {
         c.fpu.0[512] = 3;
         (self.halted, self.nmi_masked, self.nmi_pending, self.user_irq) = (false, false, false, None);
         self.io = IoState::default();
+        self.injected = None;
+        self.debug.reset();
         crate::mmu::flush_all(self);
     }
     /// After a safepoint: take up what may have changed.

@@ -2,11 +2,13 @@
 
 use crate::access;
 use crate::cpu::{CS, Cpu, Exception, Exit, IoState, RSP, Res, SS, Seg, Stop, Vcpu, efer, mmu_mode, rflags};
+use crate::debug;
 use crate::mmu::is_canonical;
 use crate::segment::{
     Descriptor, GP, NP, SS_FAULT, TS, is_real, read_descriptor, set_cs, set_descriptor_bits, unsupported,
 };
 
+const DB: u8 = 1;
 const DF: u8 = 8;
 const PF: u8 = 14;
 
@@ -23,13 +25,16 @@ fn is_fault(e: &Exception) -> bool {
 /// Deliver `e`: afterwards rip is in its handler. Exceptions on the way become a double fault, and a
 /// third one `Exit::Shutdown`.
 pub fn deliver(v: &mut Vcpu, mut e: Exception) -> Res<()> {
+    if e.vector == DB && !e.software {
+        if let Some(exit) = debug::intercept(v, e.payload) {
+            return Err(exit.into());
+        }
+        debug::set_dr6(&mut v.cpu, e.payload);
+    }
     v.halted = false;
     loop {
         if e.vector == PF {
             v.cpu.cr2 = e.payload;
-        }
-        if e.vector == 1 && !e.software {
-            v.cpu.dr[6] |= e.payload;
         }
         v.io.done.clear();
         let rf = if is_fault(&e) { rflags::RF } else { 0 };

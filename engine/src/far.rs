@@ -180,7 +180,7 @@ pub fn iret(v: &mut Vcpu, size: usize) -> Res<()> {
         real_target(v, sel, offset)?;
         let keep = if size == 2 { !0xffff } else { rflags::VM | rflags::VIF | rflags::VIP };
         let old = v.cpu.rflags();
-        v.cpu.set_rflags(old & keep | flags & !keep & !rflags::RF);
+        v.cpu.set_rflags(old & keep & !rflags::RF | flags & !keep);
         drop_stack(v, 3 * size as u64);
         return Ok(());
     }
@@ -248,7 +248,7 @@ fn return_to(v: &mut Vcpu, sel: u16, offset: u64, size: usize, words: u64, extra
     check_offset(v, d, offset)?;
     let d = set_descriptor_bits(v, sel, d, 1)?;
     if let Some(flags) = flags {
-        let mut allowed = rflags::ARITH | rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
+        let mut allowed = rflags::ARITH | rflags::TF | rflags::DF | rflags::NT | rflags::RF | rflags::AC | rflags::ID;
         if cpl == 0 {
             allowed |= rflags::IOPL | rflags::VIF | rflags::VIP;
         }

@@ -199,6 +199,8 @@ fn go_on(v: &mut Vcpu, mut result: Result<(), Stop>) -> u64 {
         }
         match find_entry(v) {
             Ok(host) => {
+                // It lasts for one instruction, and matters to breakpoints alone.
+                v.cpu.sysflags &= !rflags::RF;
                 v.cpu.flags_saved = pack_flags(v.cpu.aflags);
                 v.cpu.jump = host;
                 return 0;

@@ -8,6 +8,7 @@ pub mod cache;
 pub mod careful;
 pub mod classify;
 pub mod cpu;
+pub mod debug;
 pub mod emit;
 pub mod eventfd;
 pub mod exception;

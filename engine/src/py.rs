@@ -7,7 +7,7 @@ use crate::lapic::{self, Message};
 use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{msr, run, state, timer};
+use crate::{debug, msr, run, state, timer};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -458,13 +458,6 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Forget a kick that `run` has not seen.
-    fn clear_kick(&self) -> PyResult<()> {
-        check_pid(self.pid)?;
-        self.shared.requests.fetch_and(!request::EXIT, Ordering::SeqCst);
-        Ok(())
-    }
-
     fn get_regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.with(py, |v| state::get_regs(v))?;
         Ok(PyBytes::new(py, &b))
@@ -568,7 +561,7 @@ impl Vcpu {
     }
     fn set_vcpu_events(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
-        self.with(py, |v| state::set_events(v, b))
+        if self.with(py, |v| state::set_events(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
     }
     fn get_debugregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.with(py, |v| state::get_debugregs(v))?;
@@ -577,6 +570,11 @@ impl Vcpu {
     fn set_debugregs(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
         if self.with(py, |v| state::set_debugregs(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+    /// KVM_SET_GUEST_DEBUG; EBUSY if it injects while an exception waits.
+    fn set_guest_debug(&self, py: Python<'_>, control: u32, registers: [u64; 8]) -> PyResult<()> {
+        let done = self.with(py, |v| debug::set_guest_debug(v, control, &registers))?;
+        if done { Ok(()) } else { Err(os_error(libc::EBUSY)) }
     }
     /// KVM_INTERRUPT; EEXIST while one waits.
     fn interrupt(&self, py: Python<'_>, vector: u8) -> PyResult<()> {

@@ -3,7 +3,7 @@
 use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
 use crate::helpers::{find_entry, pack_flags, poll_word, polled, unpack_flags};
 use crate::vm::request;
-use crate::{exception, interp, pvclock, signal, thunks};
+use crate::{debug, exception, interp, pvclock, signal, thunks};
 use std::sync::atomic::Ordering;
 
 /// Why translated code returned from `thunks::enter`.
@@ -26,7 +26,7 @@ pub mod leave {
 const INTERPRET_BATCH: u32 = 1000;
 
 pub fn translatable(v: &Vcpu) -> bool {
-    v.cpu.long64() && v.cpu.sysflags & rflags::TF == 0 && v.cpu.dr[7] & 0xff == 0 && !v.interpret_only
+    v.cpu.long64() && !debug::armed(v) && !v.interpret_only
 }
 
 /// Run the vCPU until something leaves for user space.
@@ -151,7 +151,7 @@ fn inject(v: &mut Vcpu) -> Option<Exit> {
     {
         return Some(exit);
     }
-    if v.cpu.shadow != 0 {
+    if v.cpu.shadow != 0 || v.debug.control & debug::guestdbg::BLOCKIRQ != 0 {
         // Not before the next instruction.
         v.cpu.poll[1] = 1;
         return None;
@@ -228,7 +228,11 @@ fn run_loop(v: &mut Vcpu) -> Exit {
             Ok(()) => {}
             Err(Stop::Exit(exit)) => return exit,
             Err(Stop::Exception(e)) => match exception::deliver(v, e) {
-                Ok(()) => {}
+                Ok(()) => {
+                    if let Some(exit) = debug::stepped_into_handler(v) {
+                        return exit;
+                    }
+                }
                 Err(Stop::Exit(exit)) => return exit,
                 Err(other) => return Exit::InternalError(format!("{other:?} while delivering {e:?}")),
             },
@@ -242,6 +246,8 @@ fn run_loop(v: &mut Vcpu) -> Exit {
 /// Run translated code until it leaves.
 fn translated(v: &mut Vcpu) -> Result<(), Stop> {
     let entry = find_entry(v)?;
+    // It lasts for one instruction, and matters to breakpoints alone.
+    v.cpu.sysflags &= !rflags::RF;
     enter(v, entry);
     match v.cpu.leave {
         leave::EXIT => Err(Stop::Exit(v.exit.take().unwrap_or(Exit::Intr))),

@@ -1,7 +1,8 @@
 //! A vCPU's state in the layouts of the kernel's UAPI (`struct kvm_regs` and so on, arch/x86/include/uapi/asm/kvm.h),
 //! as bytes.
 
-use crate::cpu::{CS, Cpu, DS, ES, FS, GS, SS, Seg, Table, Vcpu, cr0, cr4, efer, shadow};
+use crate::cpu::{CS, Cpu, DS, ES, Exception, FS, GS, SS, Seg, Table, Vcpu, cr0, cr4, efer, shadow};
+use crate::debug;
 use crate::mmu;
 use crate::vm::request;
 
@@ -40,6 +41,7 @@ pub fn set_regs(v: &mut Vcpu, b: &[u8; REGS_BYTES]) {
     v.cpu.set_rflags(get(b, 136));
     // What an earlier instruction was waiting for is not this one's.
     v.io = Default::default();
+    v.injected = None;
     v.cpu.poll[1] = 1;
 }
 
@@ -166,8 +168,16 @@ pub fn set_xsave(v: &mut Vcpu, b: &[u8; XSAVE_BYTES]) -> bool {
 }
 
 /// `kvm_vcpu_events`.
-pub fn get_events(v: &Vcpu) -> [u8; EVENTS_BYTES] {
+pub fn get_events(v: &mut Vcpu) -> [u8; EVENTS_BYTES] {
     let mut b = [0; EVENTS_BYTES];
+    if let Some(e) = &mut v.injected {
+        // Without KVM_CAP_EXCEPTION_PAYLOAD there is no place for the DR6 bits but DR6.
+        if e.vector == 1 {
+            debug::set_dr6(&mut v.cpu, std::mem::take(&mut e.payload));
+        }
+        (b[0], b[1], b[2]) = (1, e.vector, e.error.is_some() as u8);
+        b[4..8].copy_from_slice(&e.error.unwrap_or(0).to_le_bytes());
+    }
     if let Some(vector) = v.user_irq {
         (b[8], b[9]) = (1, vector);
     }
@@ -179,7 +189,18 @@ pub fn get_events(v: &Vcpu) -> [u8; EVENTS_BYTES] {
     b
 }
 
-pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) {
+/// KVM_SET_VCPU_EVENTS; false for an exception that does not exist.
+pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) -> bool {
+    let vector = b[1];
+    let exception = b[0] != 0 || b[3] != 0;
+    if exception && (vector > 31 || vector == 2) {
+        return false;
+    }
+    v.injected = exception.then(|| Exception {
+        error: (b[2] != 0).then(|| u32::from_le_bytes(b[4..8].try_into().unwrap())),
+        payload: if vector == 14 { v.cpu.cr2 } else { 0 },
+        ..Exception::new(vector)
+    });
     v.user_irq = (b[8] != 0).then_some(b[9]);
     if b[20] & 4 != 0 {
         v.cpu.shadow = b[11] & (shadow::MOV_SS | shadow::STI);
@@ -195,6 +216,7 @@ pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) {
         lapic.state.lock().unwrap().sipi_vector = b[16];
     }
     v.shared.request(request::INTERRUPT);
+    true
 }
 
 /// `kvm_debugregs`.

@@ -4,6 +4,7 @@ use crate::access;
 use crate::cpu::{
     CS, Cpu, Exception, Exit, GS, RAX, RBX, RCX, RDX, Res, Vcpu, cr0, cr4, efer, mmu_mode, rflags, shadow,
 };
+use crate::debug::{self, Kind};
 use crate::mmu::{self, PHYSICAL_BITS, is_canonical};
 
 /// Features that the interpreter itself must know of, by CPUID leaf: (function, index, register, bit).
@@ -208,9 +209,8 @@ fn check_dr(v: &mut Vcpu, n: usize) -> Res<()> {
     if matches!(n, 4 | 5) && v.cpu.cr4 & cr4::DE != 0 {
         return Err(Exception::ud().into());
     }
-    if v.cpu.dr[7] & 1 << 13 != 0 {
-        v.cpu.dr[7] &= !(1 << 13);
-        return Err(Exception { payload: 1 << 13, ..Exception::new(1) }.into());
+    if debug::detects(v) {
+        return Err(Exception { payload: debug::BD, ..Exception::new(1) }.into());
     }
     Ok(())
 }
@@ -437,6 +437,7 @@ pub fn check_port(v: &mut Vcpu, port: u16, size: usize) -> Res<()> {
 /// IN: the data that user space answered, or the exit that asks for `count` items of `size` bytes.
 pub fn port_in(v: &mut Vcpu, port: u16, size: usize, count: u32) -> Res<Vec<u8>> {
     let len = size * count as usize;
+    debug::access(v, Kind::Port, port as u64, size);
     let io = &mut v.io;
     if let Some((address, data)) = io.done.get(io.used)
         && *address == port as u64
@@ -452,6 +453,7 @@ pub fn port_in(v: &mut Vcpu, port: u16, size: usize, count: u32) -> Res<Vec<u8>>
 
 /// OUT: the exit that carries `data`, if nobody in the engine takes it. The instruction is complete.
 pub fn port_out(v: &mut Vcpu, port: u16, size: usize, data: &[u8]) -> Option<Exit> {
+    debug::access(v, Kind::Port, port as u64, size);
     if data.len() == size && v.vm.ioeventfd_pio(port, data) {
         return None;
     }

@@ -3,7 +3,8 @@
 
 mod common;
 use _engine::cpu::{CS, CpuidEntry, DS, ES, Exception, Exit, FS, GS, RSP, SS, Stop, cr0, cr4, efer, rflags, shadow};
-use _engine::{exception, far, interp, msr, segment, sys};
+use _engine::debug::guestdbg;
+use _engine::{debug, exception, far, interp, msr, segment, state, sys};
 use common::*;
 
 fn long() -> Machine {
@@ -690,10 +691,251 @@ fn debug_registers() {
     assert_eq!(sys::read_dr(&mut m.v, 4), Ok(0xffff_0ff0));
     m.v.cpu.cr4 |= cr4::DE;
     assert_eq!(sys::read_dr(&mut m.v, 4), Err(Exception::ud().into()));
-    m.v.cpu.dr[7] |= 1 << 13;
-    let detect = Exception { payload: 1 << 13, ..Exception::new(1) };
+    m.v.cpu.dr[7] |= debug::GD;
+    let detect = Exception { payload: debug::BD, ..Exception::new(1) };
     assert_eq!(sys::read_dr(&mut m.v, 0), Err(detect.into()));
-    assert_eq!(m.v.cpu.dr[7] & 1 << 13, 0, "GD is cleared");
+    exception::deliver(&mut m.v, detect).unwrap();
+    assert_eq!((m.v.cpu.dr[7] & debug::GD, m.v.cpu.dr[6]), (0, debug::DR6_FIXED | debug::BD), "GD is cleared");
+}
+
+// Breakpoints.
+
+/// DR7 for breakpoint `n`: R/W and the length's code.
+fn dr7(n: u32, kind: u64, len: u64) -> u64 {
+    0x400 | 1 << (2 * n) | (kind | len << 2) << (16 + 4 * n)
+}
+fn trap(bits: u64) -> Result<(), Stop> {
+    Err(Exception { payload: bits, ..Exception::new(1) }.into())
+}
+
+#[test]
+fn data_breakpoints() {
+    let at = FREE + 0x108;
+    // What, kind, length code, code with rbx = FREE + 0x100, whether it hits.
+    let rows: &[(&str, u64, u64, &[u8], bool)] = &[
+        ("write", 1, 0, &[0xc6, 0x43, 8, 1], true),
+        ("write beside", 1, 0, &[0xc6, 0x43, 9, 1], false),
+        ("read of a write breakpoint", 1, 3, &[0x8b, 0x43, 8], false),
+        ("read", 3, 3, &[0x8b, 0x43, 8], true),
+        ("read that ends in it", 3, 3, &[0x48, 0x8b, 0x43, 1], true),
+        ("read that ends before it", 3, 3, &[0x48, 0x8b, 0x03], false),
+        ("the last of eight bytes", 3, 2, &[0x8a, 0x43, 0xf], true),
+        ("behind eight bytes", 3, 2, &[0x8a, 0x43, 0x10], false),
+        ("LOCK ADD", 1, 0, &[0xf0, 0x01, 0x43, 8], true),
+        ("PUSH m", 3, 3, &[0xff, 0x73, 8], true),
+        ("MOVUPS", 3, 0, &[0x0f, 0x10, 0x43, 1], true),
+        ("FXSAVE", 1, 0, &[0x0f, 0xae, 0x03], true),
+        ("BTS with an offset", 1, 0, &[0x0f, 0xab, 0x03], true),
+        ("LEA", 3, 3, &[0x8d, 0x43, 8], false),
+        ("a port", 2, 0, &[0x8a, 0x43, 8], false),
+    ];
+    for (what, kind, len, code, hits) in rows {
+        let mut m = long();
+        (m.v.cpu.gpr[3], m.v.cpu.gpr[0]) = (FREE + 0x100, 64);
+        m.v.cpu.dr[2] = at;
+        m.v.cpu.dr[7] = dr7(2, *kind, *len);
+        assert_eq!(step(&mut m, code), if *hits { trap(4) } else { Ok(()) }, "{what}");
+        assert_eq!(m.v.cpu.rip, FREE + code.len() as u64, "{what}: a trap");
+    }
+    // With a single step; disabled; one that faults.
+    let mut m = long();
+    (m.v.cpu.gpr[3], m.v.cpu.dr[0], m.v.cpu.dr[7]) = (at, at, dr7(0, 1, 0));
+    m.v.cpu.set_rflags(rflags::TF);
+    assert_eq!(step(&mut m, &[0xc6, 3, 1]), trap(debug::BS | 1));
+    m.v.cpu.set_rflags(0);
+    m.v.cpu.dr[7] &= !0xff;
+    assert_eq!(step(&mut m, &[0xc6, 3, 1]), Ok(()));
+    m.v.cpu.dr[7] = dr7(0, 3, 0);
+    (m.v.cpu.gpr[0], m.v.cpu.gpr[2]) = (0, 0);
+    m.write64(at, 0);
+    assert_eq!(step(&mut m, &[0xf7, 0x33]), Err(Exception::new(0).into()), "DIV by what it read");
+    assert_eq!(step(&mut m, &[0x90]), Ok(()), "nothing is left over");
+}
+
+#[test]
+fn breakpoints_in_repeated_strings() {
+    // MOVSB x 8 forward; the third element is watched.
+    let mut m = long();
+    (m.v.cpu.gpr[1], m.v.cpu.gpr[6], m.v.cpu.gpr[7]) = (8, FREE + 0x100, FREE + 0x200);
+    (m.v.cpu.dr[1], m.v.cpu.dr[7]) = (FREE + 0x202, dr7(1, 1, 0));
+    assert_eq!(step(&mut m, &[0xf3, 0xa4]), trap(2));
+    assert_eq!((m.v.cpu.gpr[1], m.v.cpu.rip), (5, FREE));
+    assert_eq!(m.v.cpu.rflags() & rflags::RF, rflags::RF, "iterations are left");
+    assert_eq!(step(&mut m, &[0xf3, 0xa4]), Ok(()));
+    assert_eq!((m.v.cpu.gpr[1], m.v.cpu.rip, m.v.cpu.rflags()), (0, FREE + 2, 2));
+}
+
+#[test]
+fn instruction_breakpoints() {
+    let mut m = long();
+    (m.v.cpu.dr[3], m.v.cpu.dr[7]) = (FREE + 1, dr7(3, 0, 0));
+    assert_eq!(step(&mut m, &[0x90, 0x90]), Ok(()));
+    assert_eq!(step(&mut m, &[0x90]), trap(8));
+    assert_eq!(m.v.cpu.rip, FREE + 1, "a fault");
+    exception::deliver(&mut m.v, Exception { payload: 8, ..Exception::new(1) }).unwrap();
+    assert_eq!((frame(&m)[0], frame(&m)[2]), (FREE + 1, 2), "RF is the handler's to set");
+    m.write64(m.v.cpu.gpr[RSP] + 16, rflags::RF | 2);
+    m.v.cpu.rip = FREE + 0x40;
+    assert_eq!(step(&mut m, &[0x48, 0xcf]), Ok(()));
+    assert_eq!((m.v.cpu.rip, m.v.cpu.rflags()), (FREE + 1, rflags::RF | 2));
+    assert_eq!(step(&mut m, &[0x90]), Ok(()), "IRET set RF");
+    assert_eq!((m.v.cpu.rip, m.v.cpu.rflags()), (FREE + 2, 2), "for one instruction");
+    // A fault keeps it for when the instruction is tried again.
+    m.v.cpu.set_rflags(rflags::RF);
+    m.v.cpu.dr[3] = FREE + 2;
+    assert_eq!(step(&mut m, &[0x0f, 0x0b]), UD);
+    assert_eq!(m.v.cpu.rflags(), rflags::RF | 2);
+    // POPF clears it; so does SYSCALL.
+    m.v.cpu.set_rflags(rflags::RF);
+    m.v.cpu.gpr[RSP] = FREE - 8;
+    m.write64(FREE - 8, rflags::RF | rflags::ZF);
+    assert_eq!(step(&mut m, &[0x9d]), Ok(()));
+    assert_eq!(m.v.cpu.rflags(), rflags::ZF | 2);
+}
+
+#[test]
+fn debug_exceptions_wait_behind_mov_ss() {
+    let prepare = || {
+        let mut m = long();
+        m.write64(FREE + 0x100, 0x10);
+        (m.v.cpu.gpr[3], m.v.cpu.dr[0]) = (FREE + 0x100, FREE + 0x100);
+        m.v.cpu.dr[7] = dr7(0, 3, 1) | dr7(1, 0, 0);
+        m.v.cpu.dr[1] = FREE + 2;
+        assert_eq!(step(&mut m, &[0x8e, 0x13]), Ok(()), "MOV SS, [rbx]");
+        m
+    };
+    // The breakpoint on the next instruction is lost, the one met comes behind it.
+    let mut m = prepare();
+    assert_eq!(step(&mut m, &[0x90]), trap(1));
+    assert_eq!(m.v.cpu.rip, FREE + 3);
+    // Behind INT3: in the handler.
+    let mut m = prepare();
+    assert_eq!(step(&mut m, &[0xcc]), trap(1));
+    assert_eq!(m.v.cpu.rip, HANDLERS + 3 * 16);
+    // A fault makes it forgotten.
+    let mut m = prepare();
+    assert_eq!(step(&mut m, &[0x0f, 0x0b]), UD);
+    m.v.cpu.rip = FREE + 0x80;
+    assert_eq!(step(&mut m, &[0x90]), Ok(()));
+}
+
+#[test]
+fn port_breakpoints() {
+    for de in [true, false] {
+        let mut m = long();
+        if de {
+            m.v.cpu.cr4 |= cr4::DE;
+        }
+        (m.v.cpu.dr[0], m.v.cpu.dr[7]) = (0x80, dr7(0, 2, 1)); // two bytes
+        assert!(matches!(m.run(&[0xe6, 0x81, 0x90, 0xf4]), Exit::Io { input: false, port: 0x81, .. }));
+        assert_eq!(_engine::run::run(&mut m.v), Exit::Hlt);
+        assert_eq!(m.halted_in(), de.then_some(1), "DE {de}");
+        if de {
+            assert_eq!((frame(&m)[0], m.v.cpu.dr[6]), (FREE + 2, debug::DR6_FIXED | 1));
+        }
+        assert!(matches!(m.run(&[0xe4, 0x82, 0xf4]), Exit::Io { input: true, port: 0x82, .. }), "beside it");
+        m.v.io.waiting = None;
+        m.v.io.done.push((0x82, vec![7]));
+        assert_eq!(_engine::run::run(&mut m.v), Exit::Hlt);
+        assert_eq!(m.v.cpu.rip, FREE + 3);
+    }
+}
+
+#[test]
+fn breakpoints_are_met_by_code_that_was_translated() {
+    let mut m = long();
+    m.v.cpu.gpr[3] = FREE + 0x100;
+    let code = [0xc6, 0x03, 1, 0x90, 0xf4];
+    assert_eq!(m.run(&code), Exit::Hlt);
+    assert_eq!(m.v.cpu.rip, FREE + 5);
+    (m.v.cpu.dr[0], m.v.cpu.dr[7]) = (FREE + 0x100, dr7(0, 1, 0));
+    assert_eq!(m.run(&code), Exit::Hlt);
+    assert_eq!((m.halted_in(), frame(&m)[0]), (Some(1), FREE + 3));
+    (m.v.cpu.dr[0], m.v.cpu.dr[7]) = (FREE + 3, dr7(0, 0, 0));
+    assert_eq!(m.run(&code), Exit::Hlt);
+    assert_eq!((m.halted_in(), frame(&m)[0]), (Some(1), FREE + 3));
+}
+
+// KVM_SET_GUEST_DEBUG.
+
+fn debug_exit(pc: u64, bits: u64, dr7: u64) -> Exit {
+    Exit::Debug { exception: 1, pc, dr6: debug::DR6_FIXED | bits, dr7 }
+}
+
+#[test]
+fn user_space_steps() {
+    let on = guestdbg::ENABLE | guestdbg::SINGLESTEP;
+    let mut m = long();
+    assert!(debug::set_guest_debug(&mut m.v, on, &[0; 8]));
+    m.v.cpu.gpr[1] = 2;
+    // mov edi, ..; rep stosb; pushfq; pop rax; ud2
+    let code = [0xbf, 0, 2, 1, 0, 0xf3, 0xaa, 0x9c, 0x58, 0x0f, 0x0b];
+    let mut exits = vec![m.run(&code)];
+    exits.extend((0..5).map(|_| _engine::run::run(&mut m.v)));
+    let expected = [5, 5, 7, 8, 9].map(|at| debug_exit(FREE + at, debug::BS, 0x400));
+    assert_eq!(exits[..5], expected);
+    assert_eq!(exits[5], debug_exit(HANDLERS + 6 * 16, debug::BS, 0x400), "at the handler");
+    assert_eq!((m.v.cpu.gpr[0] & rflags::TF, frame(&m)[2] & rflags::TF), (0, 0), "the guest sees no TF");
+    assert_eq!(m.v.cpu.dr[6], debug::DR6_FIXED, "nor DR6");
+    // OUT: its own exit, then the step. HLT: it halts.
+    assert!(matches!(m.run(&[0xe6, 0x80, 0xf4]), Exit::Io { .. }));
+    assert_eq!(_engine::run::run(&mut m.v), debug_exit(FREE + 2, debug::BS, 0x400));
+    assert_eq!(_engine::run::run(&mut m.v), debug_exit(FREE + 3, debug::BS, 0x400));
+    assert_eq!(_engine::run::run(&mut m.v), Exit::Hlt);
+    assert!(debug::set_guest_debug(&mut m.v, 0, &[0; 8]));
+    assert_eq!(m.run(&[0x90, 0x90, 0xf4]), Exit::Hlt);
+}
+
+#[test]
+fn breakpoints_of_user_space() {
+    // Its own breakpoint instead of the guest's.
+    let mut m = long();
+    (m.v.cpu.dr[0], m.v.cpu.dr[7]) = (FREE, dr7(0, 0, 0));
+    let mut registers = [0; 8];
+    (registers[1], registers[7]) = (FREE + 1, dr7(1, 0, 0));
+    assert!(debug::set_guest_debug(&mut m.v, guestdbg::ENABLE | guestdbg::USE_HW_BP, &registers));
+    assert_eq!(m.run(&[0x90, 0x90, 0xf4]), debug_exit(FREE + 1, 2, registers[7]));
+    assert_eq!(m.v.cpu.dr[6], debug::DR6_FIXED);
+    // INT3 that a debugger put there; the guest's own otherwise.
+    let mut m = long();
+    assert!(debug::set_guest_debug(&mut m.v, guestdbg::ENABLE | guestdbg::USE_SW_BP, &[0; 8]));
+    let breakpoint = Exit::Debug { exception: 3, pc: FREE + 1, dr6: 0, dr7: 0 };
+    assert_eq!(m.run(&[0x90, 0xcc, 0xf4]), breakpoint);
+    assert_eq!(m.v.cpu.rip, FREE + 1);
+    assert!(debug::set_guest_debug(&mut m.v, 0, &[0; 8]));
+    assert_eq!(_engine::run::run(&mut m.v), Exit::Hlt);
+    assert_eq!(m.halted_in(), Some(3));
+    // Injection.
+    for (flag, vector) in [(guestdbg::INJECT_DB, 1), (guestdbg::INJECT_BP, 3)] {
+        let mut m = long();
+        assert!(debug::set_guest_debug(&mut m.v, flag, &[0; 8]));
+        assert!(!debug::set_guest_debug(&mut m.v, flag, &[0; 8]), "one waits");
+        assert_eq!(m.run(&[0x90, 0xf4]), Exit::Hlt);
+        assert_eq!((m.halted_in(), frame(&m)[0]), (Some(vector), FREE));
+    }
+}
+
+#[test]
+fn a_waiting_debug_trap_is_part_of_the_events() {
+    let mut m = long();
+    m.v.cpu.set_rflags(rflags::TF);
+    assert!(matches!(m.run(&[0xe6, 0x80, 0xf4]), Exit::Io { .. }));
+    let events = state::get_events(&mut m.v);
+    assert_eq!((events[0], events[1], events[2]), (1, 1, 0));
+    assert_eq!(m.v.cpu.dr[6], debug::DR6_FIXED | debug::BS);
+    m.v.injected = None;
+    assert!(state::set_events(&mut m.v, &events));
+    assert_eq!(_engine::run::run(&mut m.v), Exit::Hlt);
+    assert_eq!((m.halted_in(), frame(&m)[0]), (Some(1), FREE + 2));
+    // With an error code.
+    let mut events = [0; state::EVENTS_BYTES];
+    (events[0], events[1], events[2], events[4]) = (1, 13, 1, 0x50);
+    assert!(state::set_events(&mut m.v, &events));
+    m.v.cpu.gpr[RSP] = FREE;
+    assert_eq!(m.run(&[0x90]), Exit::Hlt);
+    assert_eq!((m.halted_in(), frame(&m)[0]), (Some(13), 0x50));
+    events[1] = 32;
+    assert!(!state::set_events(&mut m.v, &events));
 }
 
 #[test]

@@ -98,9 +98,6 @@ class Vcpu:
     def kick(self) -> None:
         """Make `run`, now or next, return KVM_EXIT_INTR. Any thread."""
 
-    def clear_kick(self) -> None:
-        """Forget a kick that `run` has not seen."""
-
     def get_regs(self) -> bytes:
         """kvm_regs."""
 
@@ -159,13 +156,16 @@ class Vcpu:
         """kvm_vcpu_events."""
 
     def set_vcpu_events(self, b: bytes) -> None:
-        """kvm_vcpu_events."""
+        """kvm_vcpu_events. EINVAL: an exception that doesn't exist."""
 
     def get_debugregs(self) -> bytes:
         """kvm_debugregs."""
 
     def set_debugregs(self, b: bytes) -> None:
         """kvm_debugregs. EINVAL: upper halves of DR6 or DR7."""
+
+    def set_guest_debug(self, control: int, registers: list[int]) -> None:
+        """KVM_GUESTDBG_* and DR0 to DR7 for USE_HW_BP. EBUSY: it injects while an exception waits."""
 
     def interrupt(self, vector: int) -> None:
         """Queue an external interrupt. EEXIST: one waits."""

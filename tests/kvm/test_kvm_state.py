@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvmkit.kvm import Kvm, Vcpu
-from kvmkit.kvm.exits import Debug, Hlt, Io
+from kvmkit.kvm.exits import Debug, Hlt, InternalError, Io
 from kvmkit.testing import CODE, DATA, Guest
 from kvmkit.uapi import x86
 from kvmkit.uapi.common import (
@@ -332,6 +332,35 @@ def test_single_step(kvm: Kvm, needs: Callable[[str], int]) -> None:
             assert isinstance(exit_, Debug)
             seen.append(exit_.arch.pc)
         assert seen == [CODE + 1, CODE + 6]
+
+
+def test_breakpoints(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    needs("KVM_CAP_SET_GUEST_DEBUG")
+    with Guest(kvm, f"nop\nmov [{DATA}], eax\nnop\nint3\nhlt") as guest:
+        debug = x86.kvm_guest_debug(
+            control=KVM_GUESTDBG_ENABLE | x86.KVM_GUESTDBG_USE_HW_BP | x86.KVM_GUESTDBG_USE_SW_BP
+        )
+        debug.arch.debugreg[0] = CODE + 1
+        debug.arch.debugreg[1] = DATA
+        debug.arch.debugreg[7] = 0x400 | 1 | 1 << 2 | 0b1101 << 20  # 0: an instruction; 1: writes of 4 bytes
+        guest.vcpu.set_guest_debug(debug)
+        at_instruction = guest.run()
+        assert isinstance(at_instruction, Debug)
+        arch = at_instruction.arch
+        assert (arch.exception, arch.pc, arch.dr6 & 0xF) == (1, CODE + 1, 1)
+        debug.arch.debugreg[7] &= ~1
+        guest.vcpu.set_guest_debug(debug)
+        after_write = guest.run()
+        if guest.engine == "linux" and isinstance(after_write, InternalError) and after_write.insn_bytes:
+            # A KVM without hardware executes supervisor code with the kernel's emulator.
+            pytest.skip(f"linux: this KVM can't emulate {after_write.insn_bytes.hex()}")
+        assert isinstance(after_write, Debug)
+        assert (after_write.arch.exception, after_write.arch.dr6 & 0xF) == (1, 2)
+        nop = after_write.arch.pc
+        at_int3 = guest.run()
+        assert isinstance(at_int3, Debug)
+        assert (at_int3.arch.exception, at_int3.arch.pc) == (3, nop + 1)
+        assert guest.vcpu.get_regs().rip == nop + 1
 
 
 def test_stats_fd(guest: Guest, needs: Callable[[str], int]) -> None:

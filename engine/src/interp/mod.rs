@@ -16,6 +16,7 @@ use crate::classify::{Class, Features, classify};
 use crate::cpu::{
     CS, Cpu, Exception, Exit, FS, GS, RAX, RBP, RCX, RDX, RSP, Res, SS, Stop, Vcpu, cr0, cr4, rflags, shadow,
 };
+use crate::debug;
 use crate::far::{self, peek, push_all, set_rsp, stack_mask};
 use crate::helpers::polled;
 use crate::mmu;
@@ -123,6 +124,7 @@ pub fn step_integer(v: &mut Vcpu) -> Res<()> {
 }
 
 fn one(v: &mut Vcpu, fpu: bool) -> Res<()> {
+    debug::before(v)?;
     let (i, bytes) = decode(v)?;
     perform(v, &i, &bytes, fpu)
 }
@@ -136,9 +138,11 @@ fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()
     v.io.used = 0;
     let shadow = std::mem::take(&mut v.cpu.shadow);
     let stepping = v.cpu.sysflags & rflags::TF != 0;
+    debug::begin(v);
     match execute(v, i, bytes, fpu) {
         Ok(done) => {
-            let trap = stepping_trap(v, i, &done, stepping);
+            let trap = debug::after(v, i, &done, stepping);
+            debug::update_rf(&mut v.cpu, i, &done);
             v.io.done.clear();
             let exit = match done {
                 Done::Next => {
@@ -149,36 +153,25 @@ fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()
                 Done::Jumped => None,
                 Done::Exit(exit) => Some(exit),
             };
-            if trap {
-                let step = Exception { payload: 1 << 14, ..Exception::new(1) };
-                let Some(exit) = exit else { return Err(step.into()) };
-                v.injected = Some(step);
+            if let Some(trap) = trap {
+                if exit.is_none() && v.io.writes.is_empty() {
+                    return Err(trap.into());
+                }
+                // User space sees the device access first.
+                v.injected = Some(trap);
                 v.cpu.poll[1] = 1;
-                return Err(exit.into());
             }
             exit.map_or(Ok(()), |e| Err(e.into()))
         }
         Err(stop) => {
-            if matches!(stop, Stop::Exit(_) | Stop::NotInterpreted) {
+            let retried = matches!(stop, Stop::Exit(_) | Stop::NotInterpreted);
+            if retried {
                 v.cpu.shadow = shadow;
             }
+            debug::abort(v, retried);
             Err(stop)
         }
     }
-}
-
-/// Whether a single-step trap follows the instruction that has just been executed; `stepping`: TF was set
-/// before it (Intel SDM volume 3, 18.3.1.4).
-fn stepping_trap(v: &Vcpu, i: &Instruction, done: &Done, stepping: bool) -> bool {
-    let tf = match i.mnemonic() {
-        // The gate cleared TF before a trap could come.
-        Mnemonic::Int | Mnemonic::Int3 | Mnemonic::Int1 => false,
-        Mnemonic::Into => stepping && matches!(done, Done::Next),
-        // IA32_FMASK decides.
-        Mnemonic::Syscall => v.cpu.sysflags & rflags::TF != 0,
-        _ => stepping,
-    };
-    tf && v.cpu.shadow & shadow::MOV_SS == 0
 }
 
 /// Value of a general-purpose register in its own width.
@@ -567,6 +560,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
         Int1 => {
             // As the processor's own debug exceptions: no check of the gate's DPL, nothing new in DR6.
             v.cpu.rip = i.next_ip();
+            v.cpu.sysflags &= !rflags::RF;
             crate::exception::deliver(v, Exception::new(1))?;
             return Ok(Done::Jumped);
         }
@@ -576,10 +570,16 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
                 Into => 4,
                 _ => i.immediate8(),
             };
+            if i.mnemonic() == Int3
+                && let Some(exit) = debug::software_breakpoint(v)
+            {
+                return Err(exit.into());
+            }
             if i.mnemonic() != Into || v.cpu.aflags & rflags::OF != 0 {
                 // The frame shows the next instruction, but a fault on the way shows this one.
                 let rip = v.cpu.rip;
                 v.cpu.rip = i.next_ip();
+                v.cpu.sysflags &= !rflags::RF;
                 let e = Exception { software: true, ..Exception::new(vector) };
                 crate::exception::deliver_software(v, e, rip)?;
                 return Ok(Done::Jumped);

@@ -6,6 +6,7 @@
 use super::{Done, load, register, segment_index, set_register, store};
 use crate::access;
 use crate::cpu::{Exit, RAX, RDX, Res, Vcpu, rflags};
+use crate::debug;
 use crate::helpers::polled;
 use crate::mem::{LOG_DIRTY, READONLY};
 use crate::mmu::{self, Intent};
@@ -73,15 +74,15 @@ pub(super) fn execute(v: &mut Vcpu, i: &Instruction) -> Res<Done> {
     let compares = matches!(m, Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq);
     let moves = matches!(m, Movsb | Movsw | Movsd | Movsq);
     let stores = matches!(m, Stosb | Stosw | Stosd | Stosq);
+    let stepping = debug::stepping(v);
     let mut n = 0;
     while register(&v.cpu, counter) != 0 {
-        let stepping = v.cpu.sysflags & rflags::TF != 0;
         // A single step is one iteration.
-        if n >= BATCH && polled(&v.cpu) || n != 0 && stepping {
+        if n >= BATCH && polled(&v.cpu) || n != 0 && (stepping || debug::met(v)) {
             return Ok(Done::Jumped);
         }
         n += 1;
-        if (moves || stores) && !stepping && register(&v.cpu, counter) > 1 {
+        if (moves || stores) && !stepping && !v.debug.watching && register(&v.cpu, counter) > 1 {
             let done = bulk(v, &s, counter, moves)?;
             if done != 0 {
                 n = BATCH;
@@ -325,7 +326,7 @@ fn ports(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<Done> {
     let la = if input { destination(v, s, true)? } else { source(v, s)? };
     let (r, segment) = if input { (s.destination, 0) } else { (s.source.map(|x| x.0), s.source.map_or(3, |x| x.1)) };
     let r = r.unwrap_or(if input { Register::RDI } else { Register::RSI });
-    let one_by_one = v.cpu.sysflags & (rflags::DF | rflags::TF) != 0;
+    let one_by_one = v.cpu.sysflags & rflags::DF != 0 || debug::stepping(v) || v.debug.watching;
     let mut count = if one_by_one { 1 } else { left.min(room(v, la, r, size)).clamp(1, 1024) as u32 };
     if linear(&v.cpu, segment, register(&v.cpu, r), count as u64 * size, input).is_err() {
         count = 1;
@@ -352,5 +353,6 @@ fn ports(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<Done> {
     if input {
         return Ok(Done::Jumped);
     }
+    debug::access(v, debug::Kind::Port, port as u64, s.size);
     Ok(Done::Exit(Exit::Io { input: false, size: s.size as u8, port, count, data }))
 }

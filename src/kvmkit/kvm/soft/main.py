@@ -42,6 +42,16 @@ _EVENT_FLAGS = (
 
 _CLOCK_FLAGS = c.KVM_CLOCK_TSC_STABLE | c.KVM_CLOCK_REALTIME | c.KVM_CLOCK_HOST_TSC
 
+_GUEST_DEBUG = (
+    c.KVM_GUESTDBG_ENABLE
+    | c.KVM_GUESTDBG_SINGLESTEP
+    | x.KVM_GUESTDBG_USE_SW_BP
+    | x.KVM_GUESTDBG_USE_HW_BP
+    | x.KVM_GUESTDBG_INJECT_DB
+    | x.KVM_GUESTDBG_INJECT_BP
+    | x.KVM_GUESTDBG_BLOCKIRQ
+)
+
 _CAPABILITIES = {
     cap.KVM_CAP_IRQCHIP: 1,
     cap.KVM_CAP_HLT: 1,
@@ -70,6 +80,8 @@ _CAPABILITIES = {
     cap.KVM_CAP_SIGNAL_MSI: 1,
     cap.KVM_CAP_VCPU_EVENTS: 1,
     cap.KVM_CAP_DEBUGREGS: 1,
+    cap.KVM_CAP_SET_GUEST_DEBUG: 1,
+    cap.KVM_CAP_SET_GUEST_DEBUG2: _GUEST_DEBUG,
     cap.KVM_CAP_XSAVE: 1,
     cap.KVM_CAP_XCRS: 1,
     cap.KVM_CAP_TSC_DEADLINE_TIMER: 1,
@@ -589,7 +601,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_SET_VCPU_EVENTS")
         if events.flags & ~_EVENT_FLAGS:
             raise ioctl_error("KVM_SET_VCPU_EVENTS", errno.EINVAL, f"flags {events.flags:#x}")
-        self._vcpu.set_vcpu_events(bytes(events))
+        _named("KVM_SET_VCPU_EVENTS", self._vcpu.set_vcpu_events, bytes(events))
 
     def get_debugregs(self) -> x.kvm_debugregs:
         """KVM_GET_DEBUGREGS."""
@@ -602,6 +614,14 @@ class Vcpu(_Descriptor, contract.Vcpu):
         if debugregs.flags:
             raise ioctl_error("KVM_SET_DEBUGREGS", errno.EINVAL)
         _named("KVM_SET_DEBUGREGS", self._vcpu.set_debugregs, bytes(debugregs))
+
+    def set_guest_debug(self, debug: x.kvm_guest_debug | arm64.kvm_guest_debug) -> None:
+        """KVM_SET_GUEST_DEBUG."""
+        self._check("KVM_SET_GUEST_DEBUG")
+        if not isinstance(debug, x.kvm_guest_debug) or debug.control & ~_GUEST_DEBUG:
+            raise ioctl_error("KVM_SET_GUEST_DEBUG", errno.EINVAL)
+        registers = list(debug.arch.debugreg)
+        _named("KVM_SET_GUEST_DEBUG", self._vcpu.set_guest_debug, debug.control, registers)
 
     def translate(self, linear_address: int) -> common.kvm_translation:
         """KVM_TRANSLATE."""
