@@ -194,6 +194,6 @@ def test_a_cache_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert guest.cache_directory() == Path("/home/somebody/.cache/kvmkit/guest")
+    assert guest.cache_directory() == Path("/home/somebody/.cache/kvmkit/guest-2")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert guest.cache_directory() == Path("/elsewhere/kvmkit/guest")
+    assert guest.cache_directory() == Path("/elsewhere/kvmkit/guest-2")

@@ -177,7 +177,7 @@ def test_the_end_while_a_kernel_is_fetched(slow_apt: Path, how: str) -> None:
     assert err == b""
     wait_until_gone(int(apt))
     if how != "SIGKILL":
-        assert [path.name for path in (slow_apt / "cache/kvmkit/guest").iterdir()] == [".lock"]
+        assert [path.name for path in (slow_apt / "cache/kvmkit/guest-2").iterdir()] == [".lock"]
 
 
 def deadline() -> Iterator[None]:

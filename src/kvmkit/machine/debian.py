@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -140,7 +140,14 @@ def output_of(
 
 
 def member(deb: Path, name: re.Pattern[str]) -> bytes:
-    """Return the one regular file in `deb` whose name matches."""
+    """Return the first regular file in `deb` whose name matches; `GuestError` if there is none."""
+    for _, data in members(deb, name):
+        return data
+    raise GuestError(f"{deb.name} holds no {name.pattern}; {HINT}")
+
+
+def members(deb: Path, name: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each regular file in `deb` whose name matches."""
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
@@ -154,9 +161,8 @@ def member(deb: Path, name: re.Pattern[str]) -> bytes:
                         else None
                     )
                     if file is not None:
-                        return file.read()
+                        yield member.name, file.read()
         except tarfile.TarError as error:
             raise GuestError(f"{deb.name} is damaged ({error}): try again, or {HINT}") from error
         finally:
-            process.kill()  # not interested in the rest
-    raise GuestError(f"{deb.name} holds no {name.pattern}; {HINT}")
+            process.kill()  # nobody may be interested in the rest

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvmkit.machine.debian import HINT, Apt, member, output_of
+from kvmkit.machine import modules
+from kvmkit.machine.debian import HINT, Apt, member, members, output_of
 from kvmkit.machine.guest import GuestError
 from kvmkit.machine.x86.bzimage import extract_vmlinux
 
@@ -54,6 +55,8 @@ def _unpack_kernel(deb: Path, directory: Path) -> None:
     vmlinuz = member(deb, re.compile(r"(\./)?(usr/lib/modules/[^/]+|boot)/vmlinuz[^/]*"))
     (directory / "vmlinuz").write_bytes(vmlinuz)
     (directory / "vmlinux").write_bytes(extract_vmlinux(vmlinuz, deb.name))
+    found = (modules.parse(name, data) for name, data in members(deb, modules.PATTERN))
+    modules.save(directory / "modules", found)
 
 
 def _unpack_busybox(deb: Path, directory: Path) -> None:

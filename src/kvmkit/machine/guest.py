@@ -2,7 +2,7 @@
 
 apt works in a private directory with its own lists and cache, so neither root nor ``apt-get update`` is needed, nothing is
 installed, and the machine's own apt state stays as it is. It verifies what it downloads (signed lists, checksums). What is
-taken out of the packages is kept in ``${XDG_CACHE_HOME:-~/.cache}/kvmkit/guest``, a directory for each package, and used
+taken out of the packages is kept in ``${XDG_CACHE_HOME:-~/.cache}/kvmkit/guest-2``, a directory for each package, and used
 until that is removed. A directory is complete or not there: it is filled under another name and renamed.
 """
 
@@ -33,6 +33,8 @@ class Kernel:
     """The bzImage."""
     vmlinux: Path
     """What the bzImage unpacks: an ELF file, which boots without the guest unpacking it."""
+    modules: Path
+    """A directory of its modules for virtio; see `kvmkit.machine.modules`."""
     package: str
     version: str
 
@@ -54,7 +56,7 @@ def cache_directory() -> Path:
     """Where fetched guests are kept."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification says to ignore a relative one.
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "kvmkit" / "guest"
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "kvmkit" / "guest-2"
 
 
 def fetch_default_guest(progress: Progress = lambda _: None) -> DefaultGuest:
@@ -78,7 +80,13 @@ def fetch_kernel(package: str = CLOUD_KERNEL, progress: Progress = lambda _: Non
 def _kernel(package: str) -> Kernel:
     directory = cache_directory() / package
     about = json.loads((directory / "package").read_text())
-    return Kernel(directory / "vmlinuz", directory / "vmlinux", about["package"], about["version"])
+    return Kernel(
+        directory / "vmlinuz",
+        directory / "vmlinux",
+        directory / "modules",
+        about["package"],
+        about["version"],
+    )
 
 
 def _fetch(packages: Sequence[str], progress: Progress) -> None:
