@@ -77,3 +77,33 @@ def test_closing_twice_and_from_its_own_thread() -> None:
     reactor.call(reactor.close)
     reactor.close()
     reactor.close()
+
+
+def test_a_descriptor_whose_number_is_used_again_does_not_get_the_old_ones_events() -> None:
+    reactor = Reactor("r")
+    pipes = [os.pipe(), os.pipe()]
+    quiet = os.pipe()
+    called: list[int] = []
+    done = threading.Event()
+
+    def first(fd: int, other: int) -> None:
+        """Whichever comes first replaces the other, which is ready too and would come next."""
+        called.append(fd)
+        reactor.remove(fd)
+        reactor.remove(other)
+        os.dup2(quiet[0], other)
+        reactor.add(other, select.EPOLLIN, lambda events: called.append(-1))
+        reactor.call_later(0, lambda: reactor.call_later(0, done.set))
+
+    def both_ready() -> None:
+        for (fd, writing), (other, _) in (pipes, pipes[::-1]):
+            os.write(writing, b"x")
+            reactor.add(fd, select.EPOLLIN, lambda events, fd=fd, other=other: first(fd, other))  # type: ignore[misc]
+
+    reactor.call_and_wait(both_ready)
+    assert done.wait(10)
+    assert len(called) == 1
+    assert called[0] > 0
+    reactor.close()
+    for fd in (*pipes[0], *pipes[1], *quiet):
+        os.close(fd)

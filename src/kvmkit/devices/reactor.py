@@ -51,6 +51,7 @@ class Reactor:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._callbacks: dict[int, Callable[[int], object]] = {}
+        self._added: set[int] = set()  # since the last poll
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[Timer] = []
         self._closing = False
@@ -64,6 +65,7 @@ class Reactor:
         Level-triggered. Remove `fd` before it is closed.
         """
         self._callbacks[fd] = callback
+        self._added.add(fd)
         try:
             self._epoll.register(fd, events)
         except BaseException:
@@ -137,10 +139,14 @@ class Reactor:
         timeout_s = None
         if self._timers:
             timeout_s = max(0.0, self._timers[0].at_s - time.monotonic())
-        for fd, events in self._epoll.poll(timeout_s):
+        ready = self._epoll.poll(timeout_s)
+        self._added.clear()
+        for fd, events in ready:
             if fd == self._wake:
                 os.eventfd_read(fd)
-            elif callback := self._callbacks.get(fd):  # an earlier one of this turn may have removed it
+            elif fd in self._added:
+                continue  # what was ready is another file, that an earlier callback of this turn closed
+            elif callback := self._callbacks.get(fd):  # or removed
                 self._guarded(lambda callback=callback, events=events: callback(events))  # type: ignore[misc]
         while self._calls and not self._closing:
             self._guarded(self._calls.popleft())
