@@ -58,7 +58,6 @@ def test_failed_opening_leaves_no_descriptor(image: Path, tmp_path: Path) -> Non
             lambda: RawFile(tmp_path, read_only=True),
             lambda: Overlay(image),
             lambda: Overlay.create(tmp_path / "overlay", image),
-            lambda: Overlay.temporary(image),
         ):
             with pytest.raises(ImageError):
                 make()
@@ -248,7 +247,7 @@ def test_discarded_clusters_of_an_overlay_are_zeros_without_space(tmp_path: Path
 
 def test_temporary_overlay(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = image.read_bytes()
-    first, second = Overlay.temporary(image), Overlay.temporary(image)
+    first, second = (Overlay.temporary(RawFile(image, read_only=True)) for _ in range(2))
     first.writev([b"1" * 4096], 0)
     second.writev([b"2" * 512], 0)
     monkeypatch.setattr(os, "fdatasync", lambda fd: pytest.fail("nothing to sync"))
@@ -343,3 +342,11 @@ def test_failed_flush_keeps_what_is_to_be_written(
     overlay = Overlay(tmp_path / "overlay")
     assert read(overlay, 0, CLUSTER_BYTES) == b"x" * CLUSTER_BYTES
     overlay.close()
+
+
+def test_temporary_overlay_that_cannot_be_made(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+    with pytest.raises(FileNotFoundError):
+        Overlay.temporary(RawFile(image, read_only=True))
+    assert len(os.listdir("/proc/self/fd")) == before

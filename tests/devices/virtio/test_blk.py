@@ -366,7 +366,7 @@ def test_images(tmp_path: Path, kind: str) -> None:
 def test_mutated_requests(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "image"
     path.write_bytes(bytes(512 * 100))
-    backend = RawFile(path, False) if kind == "raw" else Overlay.temporary(path)
+    backend = RawFile(path, False) if kind == "raw" else Overlay.temporary(RawFile(path, True))
     rng = random.Random(7)
     with Driver(Blk(backend, name="disk", queues=2)) as driver:
         for _ in range(300):

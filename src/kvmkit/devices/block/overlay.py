@@ -88,21 +88,20 @@ class Overlay:
         return cls._joined(file, base_file)
 
     @classmethod
-    def temporary(cls, base: str | Path) -> "Overlay":
+    def temporary(cls, base: Backend) -> "Overlay":
         """Make one in a file without a name, below ``$TMPDIR`` or ``/tmp``: what is written is gone when it is closed.
 
-        A flush does nothing there: no crash leaves anything of it.
+        `base` is its own from now on, even if it can't be made. A flush does nothing: no crash leaves anything of it.
         """
-        base_file = RawFile(base, read_only=True)
         try:
             with tempfile.TemporaryFile(prefix="kvmkit-overlay-") as unnamed:
-                os.ftruncate(unnamed.fileno(), _file_bytes(base_file.size_bytes))
+                os.ftruncate(unnamed.fileno(), _file_bytes(base.size_bytes))
                 fd = os.dup(unnamed.fileno())
-            file = RawFile.of_descriptor(fd, f"temporary overlay of {base}")
+            file = RawFile.of_descriptor(fd, f"temporary overlay of {_name(base)}")
         except BaseException:
-            base_file.close()
+            base.close()
             raise
-        overlay = cls._joined(file, base_file)
+        overlay = cls._joined(file, base)
         overlay._throw_away = True
         return overlay
 
