@@ -168,13 +168,18 @@ class Queue:
 
     def push(self, chain: Chain, written_bytes: int) -> None:
         """Give a request back, with its first `written_bytes` written. Whoever pushes then calls `VirtioDevice.signal`."""
-        for gpa, size in chain.written_ranges(written_bytes):
-            self._memory.written(gpa, size)
-        at = 4 + 8 * (self.next_used & self.size - 1)
-        _USED.pack_into(self._used_view, at, chain.head, written_bytes)
-        self.next_used = self.next_used + 1 & 0xFFFF
+        self.push_all(((chain, written_bytes),))
+
+    def push_all(self, chains: Sequence[tuple[Chain, int]]) -> None:
+        """`push` several so that the driver sees all or none of them: the buffers of one packet (section 5.1.6.4)."""
+        for chain, written_bytes in chains:
+            for gpa, size in chain.written_ranges(written_bytes):
+                self._memory.written(gpa, size)
+            at = 4 + 8 * (self.next_used & self.size - 1)
+            _USED.pack_into(self._used_view, at, chain.head, written_bytes)
+            self.next_used = self.next_used + 1 & 0xFFFF
+            self._memory.written(self._used_gpa + at, 8)
         store_u16(self._used + 2, self.next_used)
-        self._memory.written(self._used_gpa + at, 8)
         self._memory.written(self._used_gpa, 4)
 
     def needs_interrupt(self) -> bool:
