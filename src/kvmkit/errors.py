@@ -9,5 +9,9 @@ class VmError(KvmkitError):
     """A VM could not be started or its process failed: a kernel that isn't one, no engine, out of memory, …"""
 
 
+class ImageError(KvmkitError):
+    """An image can't be made or used: it isn't one, it is damaged or malicious, a tool is missing."""
+
+
 class VmTimeout(KvmkitError, TimeoutError):
     """The VM still ran when the time given was over."""

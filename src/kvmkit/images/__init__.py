@@ -1,0 +1,1 @@
+"""Roots of guests, and images of them."""
