@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 CARGO := cargo
 MANIFEST := --manifest-path engine/Cargo.toml
 RUST := engine/Cargo.toml engine/Cargo.lock $(shell find engine/src -name '*.rs')
+ARCH := $(shell uname -m)
+AGENT := src/kvmkit/guest/agent-$(ARCH)
+AGENT_OPTIONS := --release --target $(ARCH)-unknown-linux-gnu
 WRITTEN := src tests bench
 HEADERS := '^linux-headers-6\.[^-]*-common$$'  # the kernel's newest, as another witness of its structs
 
 .DELETE_ON_ERROR:
 .PHONY: build demo test lint bench wheel clean
 
-build: $(VENV)/.built
+build: $(VENV)/.built $(AGENT)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("make: kvmkit needs Python 3.11 or newer: make PYTHON=...") if sys.version_info < (3, 11) else 0'
@@ -29,6 +32,13 @@ $(VENV)/.built: $(VENV)/.created pyproject.toml $(RUST)
 	$(BIN)/python -m compileall -q src
 	touch $@
 
+# The guest's init. Cargo takes agent/.cargo/config.toml, which makes it static, by the directory that it runs in.
+$(AGENT): agent/Cargo.toml agent/Cargo.lock agent/.cargo/config.toml $(shell find agent/src -name '*.rs')
+	@tools/need cc=gcc cargo=cargo-web
+	cd agent && $(CARGO) build $(AGENT_OPTIONS)
+	mkdir -p $(@D)
+	install agent/target/$(ARCH)-unknown-linux-gnu/release/kvmkit-agent $@
+
 demo: build
 	$(BIN)/kvmkit run --verbose -- sh -c 'uname -a; head -n 12 /proc/cpuinfo'
 
@@ -37,6 +47,7 @@ test: lint
 	@tools/need --optional cpio=cpio iasl=acpica-tools qemu-system-x86_64=qemu-system-x86
 	@ls -d /usr/src/linux-headers-*-common >/dev/null 2>&1 || tools/need --optional headers=$$(apt-cache search -n $(HEADERS) | cut -d' ' -f1 | sort -V | tail -n 1)
 	$(CARGO) test --release $(MANIFEST) --no-default-features
+	cd agent && $(CARGO) test $(AGENT_OPTIONS)
 	$(BIN)/pytest -q
 
 lint: build
@@ -46,13 +57,15 @@ lint: build
 	$(BIN)/mypy
 	$(CARGO) fmt $(MANIFEST) --check
 	$(CARGO) clippy --release $(MANIFEST) --no-default-features --all-targets -- -D warnings
+	cd agent && $(CARGO) fmt --check
+	cd agent && $(CARGO) clippy $(AGENT_OPTIONS) --all-targets -- -D warnings
 
 bench: build
 	@tools/need --optional qemu-system-x86_64=qemu-system-x86
 	@for program in bench/[a-z]*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
-wheel: $(VENV)/.created
+wheel: $(VENV)/.created $(AGENT)
 	$(BIN)/maturin build --release --out dist
 
 clean:
-	rm -rf $(VENV) engine/target dist src/kvmkit/*.so
+	rm -rf $(VENV) engine/target agent/target dist src/kvmkit/*.so src/kvmkit/guest

@@ -1,0 +1,308 @@
+"""The agent for programs that wait: commands and files in a guest."""
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, AnyStr, Generic, Literal, Self, overload
+
+from kvmkit.client.agent import protocol
+from kvmkit.client.agent.protocol import Command, Pty
+from kvmkit.client.agent.pump import BytesSink, BytesSource, FdSink, FdSource, NullSink, Pump, Sink, Source
+from kvmkit.errors import CommandError, CommandTimeout
+
+PIPE = subprocess.PIPE
+DEVNULL = subprocess.DEVNULL
+
+OUTPUT_LIMIT_BYTES = 1 << 30
+"""What `run` keeps of each output before it gives up: a hostile guest would fill the host's memory."""
+
+
+@dataclass(frozen=True)
+class CompletedProcess(Generic[AnyStr]):
+    """How a command ended, and what it said."""
+
+    args: list[str]
+    returncode: int
+    """Its exit status, or the number of the signal that ended it, negated."""
+    stdout: AnyStr
+    stderr: AnyStr
+
+
+class Process:
+    """A command that runs in a guest; `subprocess.Popen`'s shape. As a context manager it closes its pipes and waits."""
+
+    def __init__(
+        self,
+        pump: Pump,
+        argv: list[str],
+        stdin: IO[bytes] | None,
+        stdout: IO[bytes] | None,
+        stderr: IO[bytes] | None,
+    ) -> None:
+        """Made by `Agent.popen`."""
+        assert pump.command.pid is not None
+        self.args = argv
+        self.pid = pump.command.pid
+        """Its number in the guest."""
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self._pump = pump
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._run, name=f"guest-command-{self.pid}", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in (self.stdout, self.stderr, self.stdin):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+        if kind is not None:
+            self.kill()
+        self._ended.wait()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negated signal number, or None while it runs."""
+        return self._pump.command.returncode if self._ended.is_set() else None
+
+    def poll(self) -> int | None:
+        """`returncode`, or the error that the connection ended with."""
+        if self._ended.is_set() and self._error is not None:
+            raise self._error
+        return self.returncode
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for the command's end, and until all its output is written to descriptors that `popen` was given.
+
+        `CommandTimeout` if it still runs after `timeout_s` seconds; it goes on then.
+        """
+        if not self._ended.wait(timeout_s):
+            raise CommandTimeout(self.args, timeout_s or 0.0)
+        returncode = self.poll()
+        assert returncode is not None
+        return returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the command and what it started in its process group. Nothing if it has ended."""
+        self._send(lambda: self._pump.command.signal(number))
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(9)
+
+    def resize(self, rows: int, cols: int) -> None:
+        """Set the size of the command's terminal."""
+        self._send(lambda: self._pump.command.resize(rows, cols))
+
+    def _send(self, frame: Callable[[], bytes]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._pump.send(frame)
+
+    def _run(self) -> None:
+        try:
+            while not self._pump.finished:
+                if self._pump.ended:
+                    self._ended.set()
+                self._pump.step()
+        except Exception as error:
+            if not self._ended.is_set():
+                self._error = error
+        finally:
+            with self._lock:
+                self._closed = True
+                self._pump.close()
+            self._ended.set()
+
+
+class Agent:
+    """The agent in a guest. `connect` makes a connection to it; each request takes one of its own."""
+
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        self._connect = connect
+
+    @overload
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | str | None = ...,
+        env: Mapping[str, str] | None = ...,
+        clear_env: bool = ...,
+        cwd: str | os.PathLike[str] | None = ...,
+        user: str | int | None = ...,
+        timeout_s: float | None = ...,
+        check: bool = ...,
+        text: Literal[False] = ...,
+        output_limit_bytes: int = ...,
+    ) -> CompletedProcess[bytes]: ...
+
+    @overload
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | str | None = ...,
+        env: Mapping[str, str] | None = ...,
+        clear_env: bool = ...,
+        cwd: str | os.PathLike[str] | None = ...,
+        user: str | int | None = ...,
+        timeout_s: float | None = ...,
+        check: bool = ...,
+        text: Literal[True],
+        output_limit_bytes: int = ...,
+    ) -> CompletedProcess[str]: ...
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        clear_env: bool = False,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        timeout_s: float | None = None,
+        check: bool = False,
+        text: bool = False,
+        output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
+    ) -> CompletedProcess[bytes] | CompletedProcess[str]:
+        """Run a command to its end and return its status and output.
+
+        Args:
+            argv: The command, looked up in its PATH, and its arguments.
+            input: Its stdin; None is /dev/null.
+            env: Added to the guest's environment, or, with `clear_env`, all there is.
+            clear_env: Whether `env` is the whole environment.
+            cwd: Working directory in the guest; None is the user's home.
+            user: Name or number in the guest, ``user:group`` too; None is root.
+            timeout_s: After that it is killed and `CommandTimeout` raised.
+            check: Raise `CommandError` for a status other than 0.
+            text: Return output as strings; what isn't UTF-8 is replaced.
+            output_limit_bytes: Give up (`AgentError`) when an output is longer.
+
+        Raises:
+            GuestError: It can't be started: no such file (ENOENT), not executable (EACCES), no such user (EINVAL), …
+            AgentError: The agent went away.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        source = None if input is None else BytesSource(input.encode() if isinstance(input, str) else input)
+        stdout, stderr = BytesSink(output_limit_bytes), BytesSink(output_limit_bytes)
+        request = protocol.exec_request(
+            argv, env=env, clear_env=clear_env, cwd=cwd, user=user, stdin=source is not None
+        )
+        command = Command(stdin=source is not None)
+        pump = Pump(
+            self._connect(), request, command, source, {protocol.STDOUT: stdout, protocol.STDERR: stderr}
+        )
+        try:
+            while not pump.finished:
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    if command.pid is not None:
+                        pump.send(lambda: command.signal(9))
+                        pump.flush()
+                    assert timeout_s is not None
+                    raise CommandTimeout(list(argv), timeout_s, _output(stdout, text), _output(stderr, text))
+                pump.step(left_s)
+        finally:
+            pump.close()
+        returncode = command.returncode
+        assert returncode is not None
+        if check and returncode:
+            raise CommandError(list(argv), returncode, _output(stdout, text), _output(stderr, text))
+        if text:
+            return CompletedProcess(list(argv), returncode, _text(stdout), _text(stderr))
+        return CompletedProcess(list(argv), returncode, stdout.value(), stderr.value())
+
+    def popen(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        env: Mapping[str, str] | None = None,
+        clear_env: bool = False,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        pty: Pty | None = None,
+    ) -> Process:
+        """Start a command. `run` describes the arguments that both have.
+
+        Each of `stdin`, `stdout` and `stderr` is PIPE (then `Process` has the other end as a file), a descriptor of the
+        caller's (which may be closed afterwards), or None or DEVNULL, which is nothing.
+
+        With `pty` the command has a terminal, whose output is stdout.
+        """
+        opened: list[int] = []
+        source: Source | None = None
+        sinks: dict[int, Sink] = {}
+        pump: Pump | None = None
+        files: dict[int, IO[bytes]] = {}
+        try:
+            for stream, wanted in ((protocol.STDOUT, stdout), (protocol.STDERR, stderr)):
+                if pty is not None and stream == protocol.STDERR:
+                    continue
+                if wanted == PIPE:
+                    mine, theirs = os.pipe()
+                    opened += (mine, theirs)
+                    sinks[stream] = FdSink(theirs, waited_for=False)
+                    files[stream] = os.fdopen(mine, "rb")
+                    opened.remove(mine)
+                else:
+                    sinks[stream] = (
+                        NullSink() if wanted in (None, DEVNULL) else FdSink(wanted, waited_for=True)
+                    )
+            if stdin == PIPE:
+                theirs, mine = os.pipe()
+                opened += (mine, theirs)
+                source = FdSource(theirs)
+                files[protocol.STDIN] = os.fdopen(mine, "wb")
+                opened.remove(mine)
+            elif stdin not in (None, DEVNULL):
+                source = FdSource(stdin)
+            has_stdin = source is not None
+            request = protocol.exec_request(
+                argv, env=env, clear_env=clear_env, cwd=cwd, user=user, pty=pty, stdin=has_stdin
+            )
+            command = Command(stdin=has_stdin, pty=pty is not None)
+            pump = Pump(self._connect(), request, command, source, sinks)
+            while command.pid is None:
+                pump.step()
+            return Process(pump, list(argv), files.get(0), files.get(1), files.get(2))
+        except BaseException:
+            for file in files.values():
+                file.close()
+            if pump is not None:
+                pump.close()
+            else:
+                for end in (source, *sinks.values()):
+                    if end is not None:
+                        end.close()
+            raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+
+def _text(sink: BytesSink) -> str:
+    return sink.value().decode(errors="replace")
+
+
+def _output(sink: BytesSink, text: bool) -> bytes | str:
+    return _text(sink) if text else sink.value()
