@@ -199,6 +199,14 @@ def test_forward(guest: Guest) -> None:
             assert host.recv(100) == b""
 
 
+def test_a_window_holds_four_segments(guest: Guest) -> None:
+    """With fewer, both sides' avoidance of silly windows can have each wait for the other."""
+    with socket.create_connection(("127.0.0.1", guest.backend.forward(0, 80)), timeout=10):
+        syn = guest.expect(lambda frame: frame[34:] if frame[23:24] == b"\6" else None)
+        assert syn[20:22] == b"\2\4"  # the option for the largest segment
+        assert 4 * int.from_bytes(syn[22:24], "big") <= 65535
+
+
 def test_forward_of_a_port_in_use(guest: Guest, service: socket.socket) -> None:
     with pytest.raises(OSError, match="Address already in use"):
         guest.backend.forward(service.getsockname()[1], 80)

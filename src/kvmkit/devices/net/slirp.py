@@ -40,8 +40,11 @@ LIBRARY = "libslirp.so.0"
 NETWORK, NETMASK, PREFIX = "10.0.2.0", "255.255.255.0", 24
 GATEWAY, NAMESERVER, GUEST = "10.0.2.2", "10.0.2.3", "10.0.2.15"
 
-MTU_BYTES = 65520
-"""Nearly the largest that libslirp takes. What passes through Python costs by the packet, not by the byte."""
+MTU_BYTES = 16384
+"""Large, because what passes through Python costs by the packet, not by the byte. Not larger, because libslirp has no window
+scaling: where a segment is half of the 64 KiB that may be under way, a guest may leave a window open that is a little smaller
+than a segment, and not tell when it has grown by less than another; libslirp then waits for five seconds (seen at 65520).
+"""
 
 BACKLOG_BYTES = 4 << 20
 """Frames for a guest that has no room, most of them: what more libslirp has is dropped, as on a full link."""

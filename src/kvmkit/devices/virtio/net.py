@@ -137,8 +137,8 @@ class Net(VirtioDevice):
             queue.push(chain, 0)
         else:
             self.reactor.call(self._transmit)
+        self.backend.flush()  # may answer at once: then one interrupt is for both
         self.signal(queue)
-        self.backend.flush()
 
     def _send(self, chain: Chain) -> None:
         frame_bytes = chain.readable_bytes - HEADER_BYTES
