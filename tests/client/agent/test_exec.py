@@ -371,7 +371,9 @@ def test_interrupt_typed_on_a_terminal(agent: Agent) -> None:
         assert process.stdin and process.stdout
         process.stdin.write(b"x\n")
         process.stdin.flush()
-        assert [process.stdout.readline() for _ in range(2)] == [b"x\r\n"] * 2  # the terminal's echo, then cat
+        assert [process.stdout.readline() for _ in range(2)] == [
+            b"x\r\n"
+        ] * 2  # the terminal's echo, then cat
         process.stdin.write(b"\x03")
         process.stdin.flush()
         assert process.wait(20) == -signal.SIGINT

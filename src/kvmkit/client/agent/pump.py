@@ -206,12 +206,13 @@ class Pump:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self._lost = False
+        self._failure: OSError | None = None
         sock.setblocking(False)
 
     @property
     def ended(self) -> bool:
         """Whether the command has ended, with all its output where it belongs but what waits in our own pipes."""
-        if self.command.returncode is None:
+        if self.command.returncode is None or self._failure is not None:
             return False
         return not any(
             sink.pending or self.command.is_open(stream)
@@ -222,7 +223,11 @@ class Pump:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.command.done and not any(sink.pending for sink in self._sinks.values())
+        return (
+            self.command.done
+            and self._failure is None
+            and not any(sink.pending for sink in self._sinks.values())
+        )
 
     def send(self, frame: Callable[[], bytes]) -> None:
         """Queue what `frame` makes, and see that it goes out."""
@@ -239,7 +244,9 @@ class Pump:
             sink.close()
 
     def step(self, timeout_s: float | None = None) -> None:
-        """Wait until something can be done, and do it."""
+        """Wait until something can be done, and do it. `OSError` if a descriptor of the caller's can't be written."""
+        if self._failure is not None:
+            raise self._failure
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         if not self.command.done:
@@ -289,7 +296,11 @@ class Pump:
             if gone:
                 raise BrokenPipeError
             count = sink.flush() if data is None else sink.put(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self._failure = (
+                    error  # of the stream's other end, which has nothing to do with what is under way here
+                )
             sink.close()
             frame = self.command.close_output(stream)
         else:
