@@ -145,7 +145,10 @@ impl Vm {
 
     fn notify_write(&self, py: Python<'_>, gpa: u64, len: u64) -> PyResult<()> {
         let vm = self.machine()?;
-        py.detach(|| vm.note_write(None, gpa, len));
+        // A device calls this for each buffer, and giving up the GIL costs more than looking.
+        if vm.has_code(gpa, len) {
+            py.detach(|| vm.note_write(None, gpa, len));
+        }
         Ok(())
     }
 

@@ -220,13 +220,19 @@ impl Vm {
         self.each_cpu(|cpu| cpu.jumps.clear());
     }
 
+    /// Whether pages of `[gpa, gpa + len)` have translated code.
+    pub fn has_code(&self, gpa: u64, len: u64) -> bool {
+        let Some(last) = gpa.checked_add(len.max(1) - 1) else { return false };
+        (gpa >> 12..=last >> 12).any(|page| self.code.has(page << 12))
+    }
+
     /// Guest memory at `[gpa, gpa + len)` was written by other means than translated code: forget what
     /// was translated from it. `me` as for `exclusive`.
     pub fn note_write(&self, me: Option<&VcpuShared>, gpa: u64, len: u64) {
-        let Some(last) = gpa.checked_add(len.max(1) - 1) else { return };
-        if !(gpa >> 12..=last >> 12).any(|page| self.code.has(page << 12)) {
+        if !self.has_code(gpa, len) {
             return;
         }
+        let last = gpa + (len.max(1) - 1);
         if !self.cache.lock().unwrap().overlaps(gpa, last) {
             return;
         }
