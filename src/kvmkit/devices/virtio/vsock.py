@@ -74,6 +74,7 @@ _READ_BYTES = 64 * 1024
 _MAX_REFUSALS = 128
 _TX_BATCH = 64
 _RX_TURNS = 16
+_PACKETS_PER_TURN = 64
 _ACCEPT_RETRY_S = 1.0
 _MAX_LINE_BYTES = 32
 _CONNECT_LINE = re.compile(rb"CONNECT[ \t]+([0-9]{1,10})[ \t\r]*\n", re.IGNORECASE)
@@ -249,6 +250,8 @@ class Vsock(VirtioDevice):
             return
         more = self._take_packets()
         more |= self._send_packets()
+        if self._out_of_buffers and len(self._refusals) >= _MAX_REFUSALS:
+            more = False  # until the guest gives buffers
         if more and self._work_later is None:
             self._work_later = self.reactor.call_later(0, self._work_on)
 
@@ -257,30 +260,28 @@ class Vsock(VirtioDevice):
         self._work()
 
     def _take_packets(self) -> bool:
-        """Process packets of the guest, True if there may be more."""
+        """Process packets of the guest. True if there may be more."""
         queue = self._queues[_TX]
         if queue is None:
             return False
-        more = True
         for _ in range(_TX_BATCH):
             if len(self._refusals) >= _MAX_REFUSALS:
-                more = not self._out_of_buffers
                 break
             chain = queue.pop()
             if chain is None:
-                more = False
-                break
+                self.signal(queue)
+                return False
             self._packet(chain)
             queue.push(chain, 0)
         self.signal(queue)
-        return more
+        return True
 
     def _send_packets(self) -> bool:
         """Send what waits for the guest. True if more can go at once; else the guest has no buffers left or nothing waits."""
         queue = self._queues[_RX]
+        self._out_of_buffers = queue is None
         if queue is None:
             return False
-        self._out_of_buffers = False
         for _ in range(_MAX_REFUSALS):
             if not self._refusals or not self._send(self._refusals[0]):
                 break
@@ -290,6 +291,7 @@ class Vsock(VirtioDevice):
                 break
             connection = next(iter(self._ready))
             more = self._serve(connection)
+            self.signal(queue)  # each time: the guest's processor works on it while this thread reads more
             if self._out_of_buffers:
                 break  # it keeps its turn
             self._ready.pop(connection, None)
@@ -378,10 +380,8 @@ class Vsock(VirtioDevice):
         data = memoryview(connection.staged) if connection.staged else self._read(connection, credit)
         at, end = 0, min(len(data), credit)
         queue = self._queues[_RX]
-        assert queue is not None
-        while at < end:
-            chain = self._rx_chain()
-            if chain is None:
+        for _ in range(_PACKETS_PER_TURN):
+            if at == end or queue is None or (chain := self._rx_chain()) is None:
                 break
             size = min(end - at, chain.writable_bytes - HEADER.size)
             header = self._header(connection, VIRTIO_VSOCK_OP_RW, 0, size)
@@ -447,13 +447,13 @@ class Vsock(VirtioDevice):
             self._refuse(host_port, guest_port, op, dst_cid, kind)
             return
         connection = self._connections.get((host_port, guest_port))
-        if op == VIRTIO_VSOCK_OP_REQUEST and connection is not None and connection.state is _State.CLOSED:
-            self._forget(connection)
-            connection = None
-        if op == VIRTIO_VSOCK_OP_REQUEST and connection is None:
+        if op == VIRTIO_VSOCK_OP_REQUEST:
+            if connection is not None and connection.state is not _State.CLOSED:
+                self._abort(connection)
+                return
+            if connection is not None:
+                self._forget(connection)
             connection = self._connect(host_port, guest_port)
-        elif op == VIRTIO_VSOCK_OP_REQUEST:
-            op = 0  # it is connected
         if connection is None:
             self._refuse(host_port, guest_port, op)
             return
@@ -474,7 +474,11 @@ class Vsock(VirtioDevice):
             self._ready[connection] = None
         elif op not in (VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE):
             self._abort(connection)
-        if connection in self._all and (connection.readable or connection.staged):
+        if (
+            connection.state is _State.OPEN
+            and connection in self._all
+            and (connection.readable or connection.staged)
+        ):
             self._ready[connection] = None  # it may have got credit
 
     def _connect(self, host_port: int, guest_port: int) -> _Connection | None:
