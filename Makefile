@@ -1,4 +1,5 @@
 # make demo   boot Linux and run a command in it      make test   lint and all tests
+# make testbed-amd, make testbed-arm64   the KVM tests on real KVMs, in emulated machines
 # Each sets up what is missing. Interrupted, a step leaves no stamp and is done again.
 
 PYTHON ?= python3
@@ -10,11 +11,11 @@ RUST := engine/Cargo.toml engine/Cargo.lock $(shell find engine/src -name '*.rs'
 ARCH := $(shell uname -m)
 AGENT := src/kvmkit/guest/agent-$(ARCH)
 AGENT_OPTIONS := --release --target $(ARCH)-unknown-linux-gnu
-WRITTEN := src tests bench
+WRITTEN := src tests bench testbed
 HEADERS := '^linux-headers-6\.[^-]*-common$$'  # the kernel's newest, as another witness of its structs
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test lint bench wheel clean
+.PHONY: build demo test lint bench testbed-amd testbed-arm64 wheel clean
 
 build: $(VENV)/.built $(AGENT)
 
@@ -63,6 +64,15 @@ lint: build
 bench: build
 	@tools/need --optional qemu-system-x86_64=qemu-system-x86
 	@for program in bench/[a-z]*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+
+# Real kvm-amd and kvm-arm64, in machines that QEMU emulates.
+testbed-amd: build
+	@tools/need qemu-system-x86_64=qemu-system-x86
+	$(BIN)/python testbed/bed.py amd
+
+testbed-arm64: build
+	@tools/need qemu-system-aarch64=qemu-system-arm
+	$(BIN)/python testbed/bed.py arm64
 
 wheel: $(VENV)/.created $(AGENT)
 	$(BIN)/maturin build --release --out dist

@@ -506,4 +506,5 @@ def test_signal_handler_that_raises_ends_the_run(kvm: Kvm, code: str) -> None:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, old)
-        assert CODE < guest.vcpu.get_regs().rip < CODE + 16
+        # On a slow machine the signal comes before the first instruction, with the OUT still to be completed.
+        assert CODE <= guest.vcpu.get_regs().rip < CODE + 16

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,8 +18,9 @@ HINT = "give a kernel with --kernel, and an initramfs with --initrd"
 class Apt:
     """apt with a state of its own, below `directory`, which exists and is removed at the end."""
 
-    def __init__(self, directory: Path, progress: Callable[[str], None]) -> None:
-        """`progress` gets a line for each step that takes time."""
+    def __init__(self, directory: Path, progress: Callable[[str], None], architecture: str = "amd64") -> None:
+        """`progress` gets a line for each step that takes time. `architecture` of the packages is as Debian names it."""
+        self._architecture = architecture
         self._directory = directory
         self._progress = progress
         self._environment: dict[str, str] | None = None
@@ -27,16 +28,10 @@ class Apt:
 
     def download(self, package: str) -> tuple[Path, str, str]:
         """Download a package, or the kernel image that a metapackage depends on: file, name and version."""
-        if self._environment is None:
-            self._environment = self._set_up()
-            self._progress("asking apt's sources for their package lists")
-            said = self._run(["apt-get", "update", "-q"], "apt-get update")
-            # A source that can't be reached is no failure to apt; it is one if what we want was there.
-            failed = re.search(r"^Err:\d+ (.*(?:\n .*)?)", said, re.MULTILINE)
-            self._failed_fetch = " ".join(failed[1].split()).rstrip(":") if failed else ""
+        self._update()
         fields = self._show(package)
         image = re.search(r"\blinux-image-\d[^\s,(]*", fields.get("Depends", ""))
-        if image and not re.match(r"linux-image-\d", package):
+        if image:
             package = image[0]
             fields = self._show(package)
         version = fields["Version"]
@@ -46,6 +41,14 @@ class Apt:
         if len(debs) != 1:
             raise GuestError(f"apt-get download {package} left {len(debs)} packages behind; {HINT}")
         return debs[0], package, version
+
+    def download_all(self, packages: Sequence[str]) -> list[Path]:
+        """Download packages and all that they depend on: the files."""
+        self._update()
+        self._progress(f"downloading {' '.join(packages)} and what they depend on")
+        options = ["-q", "-y", "--no-install-recommends", "--download-only", "-o", "Debug::NoLocking=1"]
+        self._run(["apt-get", "install", *options, *packages], f"apt-get install {' '.join(packages)}")
+        return sorted((self._directory / "cache" / "archives").glob("*.deb"))
 
     def close(self) -> None:
         """Remove the directory, with what was downloaded."""
@@ -60,6 +63,16 @@ class Apt:
     ) -> None:
         """Close."""
         self.close()
+
+    def _update(self) -> None:
+        if self._environment is not None:
+            return
+        self._environment = self._set_up()
+        self._progress("asking apt's sources for their package lists")
+        said = self._run(["apt-get", "update", "-q"], "apt-get update")
+        # A source that can't be reached is no failure to apt; it is one if what we want was there.
+        failed = re.search(r"^Err:\d+ (.*(?:\n .*)?)", said, re.MULTILINE)
+        self._failed_fetch = " ".join(failed[1].split()).rstrip(":") if failed else ""
 
     def _set_up(self) -> dict[str, str]:
         for tool in ("apt-get", "apt-cache", "apt-config", "dpkg-deb"):
@@ -85,7 +98,7 @@ class Apt:
             "Dir::Log": here / "log",
             "Dir::Etc::Parts": here / "none",
             "Dir::Etc::Main": here / "none",
-            "APT::Architecture": "amd64",
+            "APT::Architecture": self._architecture,
             "APT::Sandbox::User": "",  # the user _apt can't come in here, and all are ours
             "Acquire::Languages": "none",
         }
