@@ -318,6 +318,14 @@ def test_reset_forgets_buffers(card: Cards) -> None:
     assert one.received() == [bytes(10) + b"\1\0" + FRAME]
 
 
+def test_close_lets_go_of_the_guests_memory(card: Cards) -> None:
+    one = card()
+    one.room(500, chains=3)
+    one.backend.give(bytes(600), bytes(3000))
+    one.driver.close()
+    one.driver.memory.close()  # BufferError if any view of it were left
+
+
 def test_hostile_packets() -> None:
     rng = random.Random(3)
     for _ in range(8):

@@ -109,12 +109,15 @@ class Net(VirtioDevice):
 
     def reset(self) -> None:
         """Forget the guest's buffers. Connections of the backend live on, as on a card that is reset."""
+        self._forget()
+        self.backend.pause(True)
+        self.backend.negotiated(0)
+
+    def _forget(self) -> None:
         self._receive_queue = self._transmit_queue = None
         self._chains.clear()
         self._chains_bytes = 0
         self._waiting = None
-        self.backend.pause(True)
-        self.backend.negotiated(0)
 
     def close(self) -> None:
         """Close the backend, then the reactor."""
@@ -124,6 +127,7 @@ class Net(VirtioDevice):
                 self.reactor.call_and_wait(self.backend.close)
             finally:
                 super().close()
+                self._forget()  # or its views would keep the guest's memory
 
     def _transmit(self) -> None:
         queue = self._transmit_queue
