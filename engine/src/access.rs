@@ -93,6 +93,14 @@ pub fn check_write(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<()> {
     Ok(())
 }
 
+/// Fail as a read of `len` bytes at `la` would fail, without reading.
+pub fn check_read(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<()> {
+    for (offset, _) in parts(la, len as usize) {
+        mmu::walk(vcpu, la.wrapping_add(offset as u64), Intent::Read, mode)?;
+    }
+    Ok(())
+}
+
 /// Write `from` at `la`. The last thing that an instruction does.
 pub fn write(vcpu: &mut Vcpu, la: u64, from: &[u8], mode: usize) -> Res<()> {
     debug::access(vcpu, Kind::Write, la, from.len());

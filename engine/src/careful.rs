@@ -8,7 +8,7 @@
 //! Integer instructions run on a second, small `Cpu` and leave the vector registers alone, so that helpers of
 //! translated code can come here while the guest's vector state is in the host's registers.
 
-use crate::cpu::{Cpu, Exit, Res, Stop, Vcpu};
+use crate::cpu::{Cpu, Exception, Exit, Res, Stop, Vcpu};
 use crate::helpers::{pack_flags, unpack_flags};
 use crate::interp::{effective, segment_index};
 use crate::run::{self, leave};
@@ -16,7 +16,9 @@ use crate::segment;
 use crate::signal;
 use crate::thunks;
 use crate::{access, mmu};
-use iced_x86::{Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind};
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+};
 
 /// FNSAVE's 108 bytes are the longest operand; vectors have 32.
 const OPERAND_BYTES: usize = 128;
@@ -26,6 +28,14 @@ struct Buffer([u8; OPERAND_BYTES + 64]);
 
 fn is_masked_store(i: &Instruction) -> bool {
     matches!(i.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq)
+}
+
+/// Does a mask decide which parts of the operand are accessed? The others need not be there.
+fn is_masked(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    is_masked_store(i)
+        || i.op_mask() != Register::None
+        || matches!(i.mnemonic(), Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq)
 }
 
 /// How the memory operand of `i` is accessed: (bytes, read, write).
@@ -43,7 +53,6 @@ fn access_of(i: &Instruction) -> (usize, bool, bool) {
     });
     use OpAccess::*;
     let write = matches!(access, Write | CondWrite | ReadWrite | ReadCondWrite);
-    // What a masked write leaves alone must be there to be written back.
     (i.memory_size().size().max(1), access != Write, write)
 }
 
@@ -79,6 +88,9 @@ fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
     let mode = v.cpu.mmu_mode();
     if size > OPERAND_BYTES {
         return Err(Exit::InternalError(format!("operand of {size} bytes of {:?}", i.code())).into());
+    }
+    if is_masked(i) || !is_accessible(v, la, size, write, mode) {
+        return staged(v, i, bytes, la, integer);
     }
     let scrubbed = host_pointers(i);
     if write
@@ -134,6 +146,108 @@ fn on_copy(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bo
     Ok(())
 }
 
+fn intent(write: bool) -> mmu::Intent {
+    if write { mmu::Intent::Write } else { mmu::Intent::Read }
+}
+
+/// May all of `[la, la + size)` be accessed?
+fn is_accessible(v: &Vcpu, la: u64, size: usize, write: bool, mode: usize) -> bool {
+    [la, la.wrapping_add(size as u64 - 1)].into_iter().all(|at| mmu::walk(v, at, intent(write), mode).is_ok())
+}
+
+/// Run `i` where some of its operand may be missing. The processor itself finds out whether that matters (a mask
+/// may leave it out) and what comes first (#GP of a misaligned operand comes before #PF): pages that the guest may
+/// not access are not there for it either. What a masked instruction stores is what it stores over any pattern.
+fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool) -> Res<()> {
+    let (size, _, write) = access_of(i);
+    let mode = v.cpu.mmu_mode();
+    let stage =
+        Stage::new().map_err(|e| Exit::InternalError(format!("no memory for an instruction's operand: {e}")))?;
+    let at = (la & 0xfff) as usize;
+    let first = size.min(4096 - at);
+    let mut faults = [None; 2];
+    for (page, (offset, len)) in [(0, first), (first, size - first)].into_iter().enumerate().filter(|(_, p)| p.1 != 0) {
+        let here = la.wrapping_add(offset as u64);
+        match mmu::walk(v, here, intent(write), mode) {
+            Err(e) => {
+                stage.hide(page);
+                faults[page] = Some(e);
+            }
+            Ok(_) if !write => access::read(v, here, stage.bytes(at + offset, len), mode)?,
+            Ok(_) => {}
+        }
+    }
+    if !is_masked(i) && faults == [None; 2] {
+        // Somebody has mapped it meanwhile.
+        return on_copy(v, i, bytes, la, integer, mode);
+    }
+    let visible = |n: usize| faults[(at + n) >> 12].is_none();
+    let mut stored: Vec<[u8; OPERAND_BYTES]> = Vec::new();
+    for pattern in if write { &[0x00, 0xff][..] } else { &[0][..] } {
+        if write {
+            (0..size).filter(|&n| visible(n)).for_each(|n| stage.bytes(at + n, 1)[0] = *pattern);
+        }
+        v.cpu.trap_number = 0;
+        if let Err(stop) = execute(v, i, bytes, integer, stage.address(at)) {
+            let (trap, address) = (v.cpu.trap_number, v.cpu.trap_address.wrapping_sub(stage.address(0)));
+            let fault = faults.get((address >> 12) as usize).copied().flatten();
+            return Err(match fault {
+                Some(e) if trap == 14 => Exception { payload: (la & !0xfff).wrapping_add(address), ..e }.into(),
+                _ => stop,
+            });
+        }
+        let mut result = [0; OPERAND_BYTES];
+        (0..size).filter(|&n| visible(n)).for_each(|n| result[n] = stage.bytes(at + n, 1)[0]);
+        stored.push(result);
+    }
+    if let [a, b] = &stored[..] {
+        let mut n = 0;
+        while n < size {
+            let len = (n..size).take_while(|&k| visible(k) && a[k] == b[k]).count();
+            if len != 0 {
+                access::write(v, la.wrapping_add(n as u64), &a[n..n + len], mode)?;
+            }
+            n += len.max(1);
+        }
+    }
+    Ok(())
+}
+
+/// Two pages of host memory, each of which can be made inaccessible.
+struct Stage(*mut u8);
+
+impl Stage {
+    fn new() -> std::io::Result<Self> {
+        // SAFETY: a fresh anonymous mapping.
+        let p = unsafe {
+            let (read_write, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            libc::mmap(std::ptr::null_mut(), 8192, read_write, private, -1, 0)
+        };
+        if p == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(Self(p.cast())) }
+    }
+    fn address(&self, at: usize) -> u64 {
+        self.0 as u64 + at as u64
+    }
+    fn hide(&self, page: usize) {
+        // SAFETY: one of the two pages of our own mapping.
+        unsafe { libc::mprotect(self.0.add(page << 12).cast(), 4096, libc::PROT_NONE) };
+    }
+    /// `len` bytes at `at`, which no hidden page holds.
+    #[allow(clippy::mut_from_ref)] // Each is gone before the next is taken.
+    fn bytes(&self, at: usize, len: usize) -> &mut [u8] {
+        assert!(at + len <= 8192);
+        // SAFETY: inside the mapping; used by this thread alone.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`.
+        unsafe { libc::munmap(self.0.cast(), 8192) };
+    }
+}
+
 /// Where FNSTENV and FNSAVE put the addresses of the last x87 instruction and operand: here the host's,
 /// which the guest must not learn.
 fn host_pointers(i: &Instruction) -> Option<(usize, usize)> {
@@ -186,6 +300,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer: bool, opera
             (v.cpu.gpr, v.cpu.aflags) = (gpr, flags);
         } else {
             (v.cpu.trap_number, v.cpu.trap_error) = (v.scratch.trap_number, v.scratch.trap_error);
+            v.cpu.trap_address = v.scratch.trap_address;
         }
         ended
     } else {

@@ -5,7 +5,7 @@
 //! all it does is read and write explicit operands, the implicit registers whose homes are the same as the
 //! guest's (rax, rcx, rdx, rbx), arithmetic flags, and x87 or vector state.
 
-use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -70,6 +70,12 @@ pub struct Features {
     pub x87: bool,
     pub sse: bool,
     pub avx: bool,
+    pub avx512: bool,
+}
+
+impl Features {
+    pub const ALL: Self = Self { x87: true, sse: true, avx: true, avx512: true };
+    pub const NONE: Self = Self { x87: false, sse: false, avx: false, avx512: false };
 }
 
 fn is_special(register: Register) -> bool {
@@ -85,9 +91,9 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         | Rcl | Rcr | Shld | Shrd | Bsf | Bsr | Bswap | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Lahf | Sahf | Clc
         | Stc | Cmc | Movbe | Popcnt | Lzcnt | Tzcnt | Crc32 | Andn | Bextr | Blsi | Blsmsk | Blsr | Bzhi | Pdep
         | Pext | Rorx | Sarx | Shlx | Shrx | Mulx | Adcx | Adox | Lfence | Mfence | Sfence | Rdrand | Rdseed
-        | Pause | Movnti | Seto | Setno | Setb | Setae | Sete | Setne | Setbe | Seta | Sets | Setns | Setp | Setnp
-        | Setl | Setge | Setle | Setg | Cmovo | Cmovno | Cmovb | Cmovae | Cmove | Cmovne | Cmovbe | Cmova | Cmovs
-        | Cmovns | Cmovp | Cmovnp | Cmovl | Cmovge | Cmovle | Cmovg => Class::Plain,
+        | Pause | Movnti | Movdiri | Seto | Setno | Setb | Setae | Sete | Setne | Setbe | Seta | Sets | Setns
+        | Setp | Setnp | Setl | Setge | Setle | Setg | Cmovo | Cmovno | Cmovb | Cmovae | Cmove | Cmovne | Cmovbe
+        | Cmova | Cmovs | Cmovns | Cmovp | Cmovnp | Cmovl | Cmovge | Cmovle | Cmovg => Class::Plain,
         Mov if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && is_special(i.op_register(n))) => {
             // Reading a segment register changes nothing; loading one may shadow interrupts or fault.
             if i.op1_kind() == OpKind::Register && (i.op1_register().is_segment_register() || i.op1_register().is_cr())
@@ -124,9 +130,9 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         Rdtsc => Class::Rdtsc,
         Rdtscp => Class::Rdtscp,
         Pushfq => Class::Pushf,
-        Cpuid | Rdmsr | Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Scasb | Scasw | Scasd
-        | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq | Lodsb | Lodsw | Lodsd | Lodsq | Rdfsbase | Wrfsbase | Rdgsbase
-        | Wrgsbase | Swapgs | Cld | Std | Xlatb | Enter | Xgetbv
+        Clflush | Clflushopt | Clwb | Rdpid | Cpuid | Rdmsr | Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd
+        | Stosq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq | Lodsb | Lodsw | Lodsd | Lodsq
+        | Rdfsbase | Wrfsbase | Rdgsbase | Wrgsbase | Swapgs | Cld | Std | Xlatb | Enter | Xgetbv
             if i.op_count() == 0 || !has_vector(i) =>
         {
             Class::Interpret
@@ -159,7 +165,7 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
             Code::Retnq | Code::Retnq_imm16 => Class::Ret,
             _ => Class::InterpretEnd,
         },
-        _ => vector(i, features, memory),
+        _ => vector(i, features),
     }
 }
 
@@ -168,7 +174,7 @@ fn has_vector(i: &Instruction) -> bool {
 }
 
 /// x87, MMX, SSE and AVX instructions.
-fn vector(i: &Instruction, features: Features, memory: bool) -> Class {
+fn vector(i: &Instruction, features: Features) -> Class {
     use Mnemonic::*;
     match i.mnemonic() {
         // The whole state at once, in memory as the guest's CPUID describes it.
@@ -181,28 +187,75 @@ fn vector(i: &Instruction, features: Features, memory: bool) -> Class {
     if i.is_vsib() {
         return Class::InterpretEnd;
     }
-    let allowed = |f: CpuidFeature| match f {
-        CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX => features.x87,
-        // FCMOVcc and FCOMI, beside the FPU.
-        CpuidFeature::CMOV => features.x87,
-        CpuidFeature::SSE
-        | CpuidFeature::SSE2
-        | CpuidFeature::SSE3
-        | CpuidFeature::SSSE3
-        | CpuidFeature::SSE4_1
-        | CpuidFeature::SSE4_2
-        | CpuidFeature::AES
-        | CpuidFeature::PCLMULQDQ
-        | CpuidFeature::SHA => features.sse,
-        CpuidFeature::AVX | CpuidFeature::AVX2 | CpuidFeature::FMA | CpuidFeature::F16C => features.avx,
-        _ => false,
-    };
-    let known = i.cpuid_features();
-    if known.is_empty() || !known.iter().all(|&f| allowed(f)) || i.is_privileged() {
+    if i.is_privileged() || !i.cpuid_features().iter().all(|f| is_copied(*f)) || i.cpuid_features().is_empty() {
         return Class::InterpretEnd;
     }
-    // Lanes that the mask disables must not fault.
-    let masked = matches!(i.mnemonic(), Maskmovdqu | Vmaskmovdqu | Maskmovq)
-        || (memory && matches!(i.mnemonic(), Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq));
-    if masked { Class::Careful } else { Class::Plain }
+    let x87 = i.cpuid_features().iter().any(|f| {
+        use CpuidFeature::*;
+        // FCMOVcc and FCOMI have CMOV beside the FPU.
+        matches!(f, FPU | FPU287 | FPU387 | MMX | CMOV)
+    });
+    let allowed = if uses_avx512(i) {
+        features.avx512
+    } else if i.encoding() == EncodingKind::VEX {
+        features.avx
+    } else if x87 {
+        // What moves between MMX and SSE registers needs both.
+        features.x87 && (features.sse || !i.cpuid_features().iter().any(|f| is_vector(*f)))
+    } else {
+        features.sse
+    };
+    if !allowed {
+        return Class::InterpretEnd;
+    }
+    // Their operand is at [rdi].
+    if matches!(i.mnemonic(), Maskmovdqu | Vmaskmovdqu | Maskmovq) { Class::Careful } else { Class::Plain }
+}
+
+/// Does `i` use opmask or EVEX state?
+pub fn uses_avx512(i: &Instruction) -> bool {
+    i.encoding() == EncodingKind::EVEX
+        || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_k())
+}
+
+fn is_vector(feature: CpuidFeature) -> bool {
+    use CpuidFeature::*;
+    matches!(
+        feature,
+        SSE | SSE2
+            | SSE3
+            | SSSE3
+            | SSE4_1
+            | SSE4_2
+            | AES
+            | PCLMULQDQ
+            | SHA
+            | GFNI
+            | AVX
+            | AVX2
+            | FMA
+            | F16C
+            | VAES
+            | VPCLMULQDQ
+            | AVX_VNNI
+            | AVX512F
+            | AVX512CD
+            | AVX512DQ
+            | AVX512BW
+            | AVX512VL
+            | AVX512_IFMA
+            | AVX512_VBMI
+            | AVX512_VBMI2
+            | AVX512_VNNI
+            | AVX512_BITALG
+            | AVX512_VPOPCNTDQ
+            | AVX512_BF16
+            | AVX512_FP16
+    )
+}
+
+/// Features whose instructions only compute on x87, MMX and vector registers.
+fn is_copied(feature: CpuidFeature) -> bool {
+    use CpuidFeature::*;
+    matches!(feature, FPU | FPU287 | FPU387 | MMX | CMOV) || is_vector(feature)
 }

@@ -228,13 +228,17 @@ pub struct Cpu {
     pub trap_number: u32,
     pub trap_error: u32,
     pub trap_flags: u64,
+    /// The address that a page fault was for.
+    pub trap_address: u64,
     /// The code cache as translated code sees it: first address and the one behind the last.
     pub code_bounds: (u64, u64),
     /// Where a trapped thread continues: the thunk that leaves translated code.
     pub trap_exit: u64,
     /// Where an instruction of the careful path finds its memory operand.
     pub operand: u64,
-    /// XSAVE area (standard format) of the guest's x87, SSE and AVX state; valid outside translated code.
+    /// Opmask and ZMM state beyond AVX's is in use: set by translated code that touches it.
+    pub avx512: u64,
+    /// XSAVE area (standard format) of the guest's x87 and vector state; valid outside translated code.
     pub fpu: XsaveArea,
     pub tlb: [[TlbEntry; TLB_ENTRIES]; mmu_mode::COUNT],
     pub jumps: crate::jumps::Jumps,
@@ -251,7 +255,7 @@ impl XsaveArea {
     pub fn sanitize(&mut self) {
         let mxcsr = u32::from_le_bytes(self.0[24..28].try_into().unwrap());
         self.0[24..28].copy_from_slice(&(mxcsr & Self::MXCSR_MASK).to_le_bytes());
-        let components = self.0[512] & crate::thunks::XSAVE_MASK as u8;
+        let components = self.0[512] & crate::xstate::supported() as u8;
         self.0[512..576].fill(0);
         self.0[512] = components;
     }

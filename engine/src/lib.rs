@@ -31,6 +31,7 @@ pub mod thunks;
 pub mod timer;
 pub mod translate;
 pub mod vm;
+pub mod xstate;
 
 #[cfg(feature = "python")]
 mod py;

@@ -97,6 +97,7 @@ pub fn read(v: &mut Vcpu, index: u32) -> Option<u64> {
         0x200..=0x20f => m.mtrr_var[(index - 0x200) as usize],
         0x277 => m.pat,
         0x2ff => m.mtrr_def_type,
+        0xda0 => 0, // IA32_XSS: no supervisor components
         0x6e0 | 0x800..=0x8ff => return v.lapic_msr_read(index),
         0xc000_0080 => c.efer,
         0xc000_0081 => m.star,
@@ -149,6 +150,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
         }
         0x49 => (value & !1 == 0).then_some(())?, // IA32_PRED_CMD
         0x8b | 0x79 => {}
+        0xda0 => (value == 0).then_some(())?,
         0xfe | 0x10a | 0x179 if host => {}
         0x174 => v.cpu.msr.sysenter_cs = value & 0xffff_ffff,
         0x175 => {

@@ -7,7 +7,7 @@ use crate::lapic::{self, Message};
 use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{debug, msr, run, state, timer};
+use crate::{debug, msr, run, state, timer, xstate};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -497,7 +497,7 @@ impl Vcpu {
         self.with(py, |v| v.cpu.xcr0)
     }
     fn set_xcr0(&self, py: Python<'_>, value: u64) -> PyResult<()> {
-        if value & 1 == 0 || value & !7 != 0 || value & 6 == 4 {
+        if !xstate::valid_xcr0(value, u64::MAX) {
             return Err(os_error(libc::EINVAL));
         }
         self.with(py, |v| v.cpu.xcr0 = value)
@@ -615,6 +615,12 @@ fn host_cpuid(leaf: u32, subleaf: u32) -> (u32, u32, u32, u32) {
     (r.eax, r.ebx, r.ecx, r.edx)
 }
 
+/// XCR0 bits that guests can be offered.
+#[pyfunction]
+fn supported_xcr0() -> u64 {
+    xstate::supported()
+}
+
 /// Frequency of the host's TSC, measured against CLOCK_MONOTONIC_RAW where CPUID does not tell it.
 #[pyfunction]
 fn host_tsc_khz(py: Python<'_>) -> u32 {
@@ -669,6 +675,6 @@ mod _engine {
     #[pymodule_export]
     use super::{
         Vcpu, Vm, full_fence, host_cpuid, host_tsc_khz, load_u16, load_u32, load_u64, monotonic_raw_ns, msr_list,
-        store_u16, store_u32, store_u64,
+        store_u16, store_u32, store_u64, supported_xcr0,
     };
 }

@@ -262,6 +262,7 @@ pub fn enter(v: &mut Vcpu, entry: u64) {
     v.cpu.flags_saved = pack_flags(v.cpu.aflags);
     // What XRSTOR refuses must not be there, whoever wrote it.
     v.cpu.fpu.sanitize();
+    v.cpu.avx512 = v.cpu.fpu.0[crate::xstate::HEADER] as u64 & crate::xstate::AVX512;
     let cpu = v.cpu.as_ptr();
     signal::inside(cpu, || {
         // SAFETY: `entry` comes from the live code cache and this vCPU is running.

@@ -114,6 +114,8 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             c.trap_pc = pc;
             c.trap_number = registers[libc::REG_TRAPNO as usize] as u32;
             c.trap_error = registers[libc::REG_ERR as usize] as u32;
+            // SAFETY: the kernel passes a valid description to an SA_SIGINFO handler.
+            c.trap_address = unsafe { (*info).si_addr() } as u64;
             c.leave = leave::TRAP;
             let flags = registers[libc::REG_EFL as usize] as u64;
             c.trap_flags = flags;

@@ -5,6 +5,7 @@ use crate::cpu::{CS, Cpu, DS, ES, Exception, FS, GS, SS, Seg, Table, Vcpu, cr0, 
 use crate::debug;
 use crate::mmu;
 use crate::vm::request;
+use crate::xstate;
 
 pub const REGS_BYTES: usize = 144;
 pub const SREGS_BYTES: usize = 312;
@@ -159,7 +160,10 @@ pub fn get_xsave(v: &Vcpu) -> [u8; XSAVE_BYTES] {
 
 /// KVM_SET_XSAVE; false for components or MXCSR bits that do not exist.
 pub fn set_xsave(v: &mut Vcpu, b: &[u8; XSAVE_BYTES]) -> bool {
-    if get(b, 512) & !7 != 0 || get(b, 520) != 0 || u32::from_le_bytes(b[24..28].try_into().unwrap()) & !0xffff != 0 {
+    if get(b, 512) & !xstate::supported() != 0
+        || get(b, 520) != 0
+        || u32::from_le_bytes(b[24..28].try_into().unwrap()) & !0xffff != 0
+    {
         return false;
     }
     v.cpu.fpu.0 = *b;

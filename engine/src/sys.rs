@@ -6,6 +6,7 @@ use crate::cpu::{
 };
 use crate::debug::{self, Kind};
 use crate::mmu::{self, PHYSICAL_BITS, is_canonical};
+use crate::xstate;
 
 /// Features that the interpreter itself must know of, by CPUID leaf: (function, index, register, bit).
 const OSXSAVE_BIT: u32 = 1 << 27;
@@ -246,28 +247,12 @@ pub fn cpuid(v: &mut Vcpu) {
                 d &= !APIC_BIT;
             }
         }
-        (0xd, 0) if entry.is_some() => b = xsave_size(v.cpu.xcr0),
+        (0xd, 0) if entry.is_some() => b = xstate::standard_bytes(v.cpu.xcr0) as u32,
+        (0xd, 1) if a & 10 != 0 => b = xstate::compacted(v.cpu.xcr0).1 as u32,
         _ => {}
     }
     let g = &mut v.cpu.gpr;
     (g[RAX], g[RBX], g[RCX], g[RDX]) = (a as u64, b as u64, c as u64, d as u64);
-}
-
-/// Bytes of a standard-format XSAVE area for the components of `xcr0` (x87 | SSE | AVX).
-pub fn xsave_size(xcr0: u64) -> u32 {
-    if xcr0 & 4 != 0 { 832 } else { 576 }
-}
-
-pub fn xgetbv(v: &mut Vcpu) -> Res<()> {
-    if v.cpu.cr4 & cr4::OSXSAVE == 0 {
-        return Err(Exception::ud().into());
-    }
-    let value = match v.cpu.gpr[RCX] as u32 {
-        0 => v.cpu.xcr0,
-        _ => return Err(Exception::gp(0).into()),
-    };
-    set_edx_eax(&mut v.cpu, value);
-    Ok(())
 }
 
 pub fn xsetbv(v: &mut Vcpu) -> Res<()> {
@@ -276,13 +261,17 @@ pub fn xsetbv(v: &mut Vcpu) -> Res<()> {
     }
     privileged(v)?;
     let value = edx_eax(&v.cpu);
-    // Whatever the table says, the engine keeps x87, SSE and AVX state.
-    let offered = v.cpuid.iter().find(|e| e.function == 0xd && e.index == 0).map_or(3, |e| e.eax as u64 & 7);
-    if v.cpu.gpr[RCX] as u32 != 0 || value & 1 == 0 || value & !offered != 0 || (value & 4 != 0 && value & 2 == 0) {
+    let offered = v.cpuid.iter().find(|e| e.function == 0xd && e.index == 0).map_or(3, |e| e.eax as u64);
+    if v.cpu.gpr[RCX] as u32 != 0 || !xstate::valid_xcr0(value, offered) {
         return Err(Exception::gp(0).into());
     }
     v.cpu.xcr0 = value;
     Ok(())
+}
+
+/// Does CPUID offer XGETBV with ECX = 1?
+pub fn offers_xgetbv1(v: &Vcpu) -> bool {
+    cpuid_has(v, 0xd, 1, |e| e.eax, 2)
 }
 
 pub fn edx_eax(cpu: &Cpu) -> u64 {

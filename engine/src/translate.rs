@@ -14,12 +14,13 @@
 //! (`entry_b`). Every cycle of blocks passes an entry that polls `Cpu::poll`: backward jumps take
 //! `entry_poll` or `entry_b`, indirect and cross-page jumps `entry_b` (or a poll entry).
 
-use crate::classify::{Class, Features, classify};
+use crate::classify::{Class, Features, classify, uses_avx512};
 use crate::cpu::{Cpu, TLB_ENTRIES, TlbEntry, mmu_mode};
 use crate::emit::{Alu, Asm, GSP, R64, S0, S1, cc, home, resized};
 use crate::jumps::{JUMP_ENTRIES, JumpEntry, Jumps};
 use crate::run::leave;
 use crate::thunks::Thunk;
+use crate::xstate;
 use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize,
     Mnemonic, OpAccess, OpKind, Register, RflagsBits,
@@ -35,6 +36,7 @@ impl Mode {
     const SSE: u8 = 8;
     const AVX: u8 = 16;
     const NO_RDTSC: u8 = 32;
+    const AVX512: u8 = 64;
     pub fn of(cpu: &Cpu) -> Self {
         use crate::cpu::{cr0, cr4};
         let mut m = cpu.mmu_mode() as u8;
@@ -44,6 +46,9 @@ impl Mode {
             m |= Self::SSE;
             if cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6 {
                 m |= Self::AVX;
+                if cpu.xcr0 & xstate::AVX512 != 0 {
+                    m |= Self::AVX512;
+                }
             }
         }
         if cpu.cpl != 0 && cpu.cr4 & cr4::TSD != 0 {
@@ -55,7 +60,8 @@ impl Mode {
         (self.0 & 3) as usize
     }
     fn features(self) -> Features {
-        Features { x87: self.0 & Self::NO_X87 == 0, sse: self.0 & Self::SSE != 0, avx: self.0 & Self::AVX != 0 }
+        let has = |bit| self.0 & bit != 0;
+        Features { x87: !has(Self::NO_X87), sse: has(Self::SSE), avx: has(Self::AVX), avx512: has(Self::AVX512) }
     }
 }
 
@@ -76,6 +82,7 @@ const RIP: i32 = offset_of!(Cpu, rip) as i32;
 const LEAVE: i32 = offset_of!(Cpu, leave) as i32;
 const LINKS: i32 = (offset_of!(Cpu, jumps) + offset_of!(Jumps, links)) as i32;
 const TSC_AUX: i32 = (offset_of!(Cpu, msr) + offset_of!(crate::cpu::Msrs, tsc_aux)) as i32;
+const AVX512: i32 = offset_of!(Cpu, avx512) as i32;
 const OPERAND: i32 = offset_of!(Cpu, operand) as i32;
 
 fn gpr(guest: usize) -> i32 {
@@ -185,6 +192,8 @@ pub struct Translator {
     /// Distance from the block's start back to the thunk table.
     to_table: i64,
     careful: bool,
+    /// The block has noted that it uses AVX-512 state.
+    noted_avx512: bool,
     /// Encoding of the instruction being emitted.
     bytes: [u8; 15],
 }
@@ -193,6 +202,10 @@ fn flag_effects(i: &Instruction) -> (u32, u32) {
     let reads = i.rflags_read() & ALL_FLAGS;
     let mut writes = i.rflags_modified() & ALL_FLAGS;
     use Mnemonic::*;
+    if matches!(i.mnemonic(), Div | Idiv) {
+        // Listed as undefined; processors leave them alone.
+        writes = 0;
+    }
     if matches!(i.mnemonic(), Bt | Bts | Btr | Btc) {
         // Listed as undefined but for CF; processors leave them alone.
         writes &= RflagsBits::CF;
@@ -236,6 +249,7 @@ impl Translator {
             rip: 0,
             to_table: 0,
             careful: false,
+            noted_avx512: false,
             bytes: [0; 15],
         }
     }
@@ -253,6 +267,7 @@ impl Translator {
         ids: &mut dyn LinkIds,
     ) -> (&[u8], Translated) {
         (self.rip, self.mode, self.to_table, self.careful) = (rip, mode, place as i64, false);
+        self.noted_avx512 = false;
         self.asm.buf.clear();
         self.stubs.clear();
         self.out = Translated::default();
@@ -309,6 +324,7 @@ impl Translator {
     /// `light`: an integer instruction, run by `thunks::enter_light`.
     pub fn translate_one(&mut self, i: &Instruction, place: usize, light: bool) -> &[u8] {
         (self.rip, self.to_table, self.careful) = (i.ip(), place as i64, true);
+        self.noted_avx512 = false;
         self.asm.buf.clear();
         self.stubs.clear();
         self.out = Translated::default();
@@ -619,6 +635,9 @@ impl Translator {
         let mut i = s.i;
         let count = i.op_count();
         let mut memory = false;
+        if uses_avx512(&i) && !self.noted_avx512 {
+            self.note_avx512();
+        }
         if matches!(i.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq) {
             // The implicit operand at [rdi]: S0 is the host's rdi.
             self.asm.load(S0, CPU, OPERAND);
@@ -703,6 +722,23 @@ impl Translator {
             self.asm.load(b, CPU, TMP1);
         }
         self.wrote_flags(s);
+    }
+
+    /// Before the first instruction with AVX-512 state: helpers and the way out take care of that from now on. If it
+    /// was not in use, it is made what it should be, zero. Leaves the flags alone.
+    fn note_avx512(&mut self) {
+        self.asm.mov(S1, 1);
+        self.asm.load_u8(1, CPU, AVX512);
+        self.asm.bytes(&[0xe3, 0]); // jrcxz
+        let site = self.asm.pos();
+        self.asm.mov(1, S1);
+        let done = self.asm.jmp();
+        let distance = self.asm.pos() - site;
+        self.asm.buf[site - 1] = distance as u8;
+        self.asm.mov(1, S1);
+        self.call_thunk(Thunk::Note512);
+        self.asm.patch_here(done);
+        self.noted_avx512 = true;
     }
 
     fn encode(&mut self, i: &Instruction) {

@@ -3,6 +3,7 @@
 
 mod common;
 use _engine::classify::{Class, Features, classify};
+use _engine::xstate;
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
 };
@@ -10,8 +11,8 @@ use std::collections::BTreeMap;
 
 #[test]
 fn copied_instructions_touch_only_what_they_name() {
-    let features = Features { x87: true, sse: true, avx: true };
-    let none = Features { x87: false, sse: false, avx: false };
+    let features = Features::ALL;
+    let none = Features::NONE;
     let mut factory = InstructionInfoFactory::new();
     let mut seen: BTreeMap<&str, std::collections::HashSet<Code>> = BTreeMap::new();
     common::all_encodings(|b| {
@@ -105,7 +106,7 @@ fn copied_instructions_touch_only_what_they_name() {
 #[test]
 fn offered_instructions_are_no_invalid_opcodes() {
     use iced_x86::CpuidFeature::*;
-    let offered = [
+    let mut offered = vec![
         INTEL8086,
         INTEL8086_ONLY,
         INTEL186,
@@ -157,6 +158,42 @@ fn offered_instructions_are_no_invalid_opcodes() {
         PAUSE,
         CET_IBT,
     ];
+    // Feature, subleaf of CPUID leaf 7, register (EAX to EDX), bit.
+    let by_leaf_7 = [
+        (GFNI, 0, 2, 8),
+        (VAES, 0, 2, 9),
+        (VPCLMULQDQ, 0, 2, 10),
+        (RDPID, 0, 2, 22),
+        (CLDEMOTE, 0, 2, 25),
+        (MOVDIRI, 0, 2, 27),
+        (MOVDIR64B, 0, 2, 28),
+        (SERIALIZE, 0, 3, 14),
+        (CLWB, 0, 1, 24),
+        (AVX_VNNI, 1, 0, 4),
+    ];
+    let avx512 = [
+        (AVX512F, 0, 1, 16),
+        (AVX512DQ, 0, 1, 17),
+        (AVX512_IFMA, 0, 1, 21),
+        (AVX512CD, 0, 1, 28),
+        (AVX512BW, 0, 1, 30),
+        (AVX512VL, 0, 1, 31),
+        (AVX512_VBMI, 0, 2, 1),
+        (AVX512_VBMI2, 0, 2, 6),
+        (AVX512_VNNI, 0, 2, 11),
+        (AVX512_BITALG, 0, 2, 12),
+        (AVX512_VPOPCNTDQ, 0, 2, 14),
+        (AVX512_FP16, 0, 3, 23),
+        (AVX512_BF16, 1, 0, 5),
+    ];
+    let avx512 = if xstate::supported() & xstate::AVX512 != 0 { &avx512[..] } else { &[] };
+    for &(feature, subleaf, register, bit) in by_leaf_7.iter().chain(avx512) {
+        if common::host_has(7, subleaf, register, bit) {
+            offered.push(feature);
+        }
+    }
+    offered.extend([XSAVEC, XSAVES]);
+    let mut m = common::Machine::new(4 << 20);
     let (mut seen, mut wrong) = (std::collections::HashSet::new(), Vec::new());
     common::all_encodings(|b| {
         let i = Decoder::with_ip(64, b, common::FREE, DecoderOptions::NONE).decode();
@@ -167,10 +204,11 @@ fn offered_instructions_are_no_invalid_opcodes() {
             return;
         }
         let undefined = matches!(i.mnemonic(), Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2);
-        let mut m = common::Machine::new(4 << 20);
+        m.v.reset();
         m.long_mode();
         m.v.interpret_only = true;
         m.v.cpu.cr4 |= _engine::cpu::cr4::FSGSBASE;
+        m.v.cpu.xcr0 = xstate::supported();
         m.v.cpu.gpr = [0x2_0000; 16];
         (m.v.cpu.gpr[4], m.v.cpu.gpr[1]) = (common::FREE - 0x100, 1);
         let exit = m.run(&[&b[..i.len()], &[0xf4]].concat());

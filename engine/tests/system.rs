@@ -4,7 +4,7 @@
 mod common;
 use _engine::cpu::{CS, CpuidEntry, DS, ES, Exception, Exit, FS, GS, RSP, SS, Stop, cr0, cr4, efer, rflags, shadow};
 use _engine::debug::guestdbg;
-use _engine::{debug, exception, far, interp, msr, segment, state, sys};
+use _engine::{debug, exception, far, interp, msr, segment, state, sys, xstate};
 use common::*;
 
 fn long() -> Machine {
@@ -1005,7 +1005,9 @@ fn msrs() {
 fn xsetbv() {
     let mut m = long();
     m.v.cpuid = vec![CpuidEntry { function: 0xd, flags: 1, eax: 0xe7, ..CpuidEntry::default() }];
-    for (value, allowed) in [(1, true), (3, true), (7, true), (0, false), (5, false), (2, false), (0xe7, false)] {
+    let avx512 = xstate::supported() & xstate::AVX512 != 0;
+    let refused = [0, 5, 2, 0x27, 0x107].map(|value| (value, false));
+    for (value, allowed) in [(1, true), (3, true), (7, true), (0xe7, avx512)].into_iter().chain(refused) {
         (m.v.cpu.gpr[0], m.v.cpu.gpr[1], m.v.cpu.gpr[2]) = (value, 0, 0);
         let expected = if allowed { Ok(()) } else { raised(13, 0) };
         m.v.cpu.rip = FREE;
@@ -1077,4 +1079,31 @@ fn a_pending_nmi_is_looked_at_after_iret() {
     m.v.cpu.gpr[RSP] = FREE - 40;
     assert_eq!(m.run(&[0x48, 0xcf, 0xf4]), Exit::Hlt);
     assert_eq!(m.halted_in(), Some(2));
+}
+
+// Newer instructions.
+
+#[test]
+fn direct_stores_and_the_like() {
+    for interpret in [false, true] {
+        let mut m = long();
+        m.v.interpret_only = interpret;
+        m.v.cpu.msr.tsc_aux = 0x1234;
+        // rdpid rax; serialize; clwb [rbx]; cldemote [rbx]; hlt
+        m.v.cpu.gpr[3] = FREE + 0x200;
+        let code = [0xf3, 0x0f, 0xc7, 0xf8, 0x0f, 0x01, 0xe8, 0x66, 0x0f, 0xae, 0x33, 0x0f, 0x1c, 0x03, 0xf4];
+        assert_eq!(m.run(&code), Exit::Hlt);
+        assert_eq!((m.halted_in(), m.v.cpu.gpr[0]), (None, 0x1234));
+        // movdir64b rdi, [rbx]: 64-byte aligned
+        if !host_has(7, 0, 2, 28) {
+            continue;
+        }
+        m.write(FREE + 0x203, &std::array::from_fn::<u8, 64, _>(|n| n as u8));
+        for (to, vector) in [(FREE + 0x240, None), (FREE + 0x248, Some(13))] {
+            (m.v.cpu.gpr[3], m.v.cpu.gpr[7], m.v.cpu.gpr[RSP]) = (FREE + 0x203, to, FREE);
+            assert_eq!(m.run(&[0x66, 0x0f, 0x38, 0xf8, 0x3b, 0xf4]), Exit::Hlt);
+            assert_eq!(m.halted_in(), vector, "{to:#x}");
+        }
+        assert_eq!(m.read::<64>(FREE + 0x240), std::array::from_fn(|n| n as u8));
+    }
 }

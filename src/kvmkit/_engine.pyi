@@ -182,6 +182,9 @@ class Vcpu:
 def host_cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """CPUID of the host: eax, ebx, ecx, edx."""
 
+def supported_xcr0() -> int:
+    """XCR0 bits that guests can be offered: x87, SSE, AVX, and AVX-512's if the host has them."""
+
 def host_tsc_khz() -> int:
     """Frequency of the host's TSC."""
 

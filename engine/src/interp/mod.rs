@@ -12,7 +12,7 @@ mod string;
 
 use crate::access;
 use crate::careful;
-use crate::classify::{Class, Features, classify};
+use crate::classify::{Class, Features, classify, uses_avx512};
 use crate::cpu::{
     CS, Cpu, Exception, Exit, FS, GS, RAX, RBP, RCX, RDX, RSP, Res, SS, Stop, Vcpu, cr0, cr4, rflags, shadow,
 };
@@ -734,7 +734,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             mmu::flush_page(v, la);
         }
         Wbinvd | Invd => sys::privileged(v)?,
-        Clflush | Clflushopt => {
+        Clflush | Clflushopt | Clwb => {
             let la = address(&v.cpu, i, 1, false)?;
             load(v, la, 1)?;
         }
@@ -746,7 +746,14 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             sys::rdtsc(v)?;
             v.cpu.gpr[RCX] = v.cpu.msr.tsc_aux & 0xffff_ffff;
         }
-        Xgetbv => sys::xgetbv(v)?,
+        Rdpid => {
+            let value = v.cpu.msr.tsc_aux & 0xffff_ffff;
+            set_register(&mut v.cpu, i.op0_register(), value);
+        }
+        // Whatever modified code is seen at every entry to a block, by translation and interpreter alike.
+        Serialize => {}
+        Movdir64b => move_64_bytes(v, i)?,
+        Xgetbv => fpu::xgetbv(v, fpu)?,
         Xsetbv => sys::xsetbv(v)?,
         Swapgs => sys::swapgs(v)?,
         Rdfsbase | Rdgsbase => {
@@ -843,18 +850,19 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             write_operand(v, i, 0, 2, if lower { to & !3 | from & 3 } else { to })?;
             v.cpu.aflags = v.cpu.aflags & !rflags::ZF | if lower { rflags::ZF } else { 0 };
         }
-        Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
+        Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64
+        | Xsaves | Xsaves64 | Xrstor | Xrstor64 | Xrstors | Xrstors64 => {
             if !fpu {
                 return Err(Stop::NotInterpreted);
             }
             fpu::execute(v, i)?;
         }
-        _ if i.is_vsib() && i.encoding() == iced_x86::EncodingKind::VEX => {
+        _ if i.is_vsib() => {
             check_fpu(&v.cpu, i)?;
             if !fpu {
                 return Err(Stop::NotInterpreted);
             }
-            fpu::gather(v, i)?;
+            fpu::gather_scatter(v, i)?;
         }
         _ => return native(v, i, bytes, fpu),
     }
@@ -902,11 +910,9 @@ fn bit_in_memory(v: &mut Vcpu, mnemonic: Mnemonic, la: u64, size: usize, bit: u6
 /// Instructions that the processor itself computes.
 fn native(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Done> {
     let c = &*v.cpu;
-    let all = Features { x87: true, sse: true, avx: true };
-    let none = Features { x87: false, sse: false, avx: false };
-    let integer = native_class(i, none);
+    let integer = native_class(i, Features::NONE);
     if !integer {
-        if !native_class(i, all) {
+        if !native_class(i, Features::ALL) {
             return Err(Exception::ud().into());
         }
         check_fpu(c, i)?;
@@ -944,8 +950,10 @@ fn check_fpu(c: &Cpu, i: &Instruction) -> Res<()> {
         }
         return Ok(());
     }
-    let allowed = if vex {
-        c.cr4 & cr4::OSXSAVE != 0 && c.xcr0 & 6 == 6 && c.cr0 & cr0::PE != 0
+    let allowed = if uses_avx512(i) {
+        c.cr4 & cr4::OSXSAVE != 0 && c.xcr0 & 0xe6 == 0xe6 && !segment::is_real_or_v86(c)
+    } else if vex {
+        c.cr4 & cr4::OSXSAVE != 0 && c.xcr0 & 6 == 6 && !segment::is_real_or_v86(c)
     } else {
         c.cr0 & cr0::EM == 0 && (is_mmx || c.cr4 & cr4::OSFXSR != 0)
     };
@@ -957,6 +965,36 @@ fn check_fpu(c: &Cpu, i: &Instruction) -> Res<()> {
     }
     Ok(())
 }
+
+/// MOVDIR64B: 64 bytes to the address in the register operand, as one write.
+fn move_64_bytes(v: &mut Vcpu, i: &Instruction) -> Res<()> {
+    static EXISTS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    if !EXISTS.get_or_init(|| std::arch::x86_64::__cpuid_count(7, 0).ecx >> 28 & 1 != 0) {
+        return Err(Exception::ud().into());
+    }
+    let from = address(&v.cpu, i, 64, false)?;
+    let offset = register(&v.cpu, i.op0_register());
+    let to = segment::linear(&v.cpu, 0, offset, 64, true)?;
+    if to & 63 != 0 {
+        return Err(Exception::gp(0).into());
+    }
+    let mode = v.cpu.mmu_mode();
+    let mut data = Bytes64([0; 64]);
+    access::check_write(v, to, 64, mode)?;
+    access::read(v, from, &mut data.0, mode)?;
+    match access::direct(v, to, 64, mode)? {
+        Some((p, slot, gpa)) => {
+            // SAFETY: 64 aligned bytes of guest memory, and of our own; the processor has the instruction.
+            unsafe { std::arch::asm!("movdir64b {0}, [{1}]", in(reg) p, in(reg) data.0.as_ptr()) };
+            access::written(v, &slot, gpa, 64);
+            Ok(())
+        }
+        None => access::write(v, to, &data.0, mode),
+    }
+}
+
+#[repr(align(64))]
+struct Bytes64([u8; 64]);
 
 fn smap_offered(v: &Vcpu) -> bool {
     v.cpuid.iter().any(|e| e.function == 7 && e.index == 0 && e.ebx >> 20 & 1 != 0)

@@ -71,6 +71,18 @@ pub(super) fn execute(v: &mut Vcpu, i: &Instruction) -> Res<Done> {
         iteration(v, i, &s)?;
         return Ok(Done::Next);
     };
+    // Until it is complete, a repeated comparison shows the flags from before it (Intel SDM volume 2, REP).
+    let flags = v.cpu.aflags;
+    let result = repeat(v, i, &s, counter);
+    if !matches!(result, Ok(Done::Next)) {
+        v.cpu.aflags = flags;
+    }
+    result
+}
+
+fn repeat(v: &mut Vcpu, i: &Instruction, s: &Shape, counter: Register) -> Res<Done> {
+    use Mnemonic::*;
+    let m = i.mnemonic();
     let compares = matches!(m, Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq);
     let moves = matches!(m, Movsb | Movsw | Movsd | Movsq);
     let stores = matches!(m, Stosb | Stosw | Stosd | Stosq);
@@ -83,13 +95,13 @@ pub(super) fn execute(v: &mut Vcpu, i: &Instruction) -> Res<Done> {
         }
         n += 1;
         if (moves || stores) && !stepping && !v.debug.watching && register(&v.cpu, counter) > 1 {
-            let done = bulk(v, &s, counter, moves)?;
+            let done = bulk(v, s, counter, moves)?;
             if done != 0 {
                 n = BATCH;
                 continue;
             }
         }
-        iteration(v, i, &s)?;
+        iteration(v, i, s)?;
         let left = register(&v.cpu, counter).wrapping_sub(1);
         set_register(&mut v.cpu, counter, left);
         v.io.done.clear();
@@ -126,6 +138,7 @@ fn iteration(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<()> {
         Movsb | Movsw | Movsd | Movsq => {
             let (from, to) = (source(v, s)?, destination(v, s, true)?);
             let mode = v.cpu.mmu_mode();
+            access::check_read(v, from, size as u64, mode)?;
             access::check_write(v, to, size as u64, mode)?;
             let value = load(v, from, size)?;
             store(v, to, size, value)?;
@@ -230,15 +243,18 @@ fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
         return Ok(0);
     }
     let (to, from) = (to - below, from.map(|from| from - below));
+    let from_gpa = match from {
+        Some(from) => Some(mmu::walk(v, from, Intent::Read, mode)?.gpa + (from & 0xfff)),
+        None => None,
+    };
     let to_gpa = mmu::walk(v, to, Intent::Write, mode)?.gpa + (to & 0xfff);
     let Some(slot) = v.slots.find(to_gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(0) };
     let Some(target) = v.slots.hva(to_gpa, whole) else { return Ok(0) };
     if v.is_lapic(to_gpa) {
         return Ok(0);
     }
-    match from {
-        Some(from) => {
-            let gpa = mmu::walk(v, from, Intent::Read, mode)?.gpa + (from & 0xfff);
+    match from_gpa {
+        Some(gpa) => {
             if v.is_lapic(gpa) {
                 return Ok(0);
             }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Each test program uses its part.
 
+pub mod native;
+
 use _engine::cpu::{CS, Exit, Seg, Vcpu, cr0, cr4, efer};
 use _engine::mem::{Slot, Slots};
 use _engine::run;
@@ -211,4 +213,24 @@ pub fn all_encodings(mut visit: impl FnMut(&[u8])) {
             }
         }
     }
+    for map in [1u8, 2, 3, 5, 6] {
+        for w_pp in [0, 1, 2, 3, 0x80, 0x81, 0x82, 0x83] {
+            for opcode in 0..=255u8 {
+                // Vector lengths, a mask.
+                for last in [0x08, 0x28, 0x48, 0x49] {
+                    for modrm in [0x00, 0xc1] {
+                        let mut b = vec![0x62, 0xf0 | map, 0x74 | w_pp, last, opcode, modrm];
+                        b.extend(tail);
+                        visit(&b);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Does the processor have bit `bit` in `register` (EAX to EDX) of a CPUID leaf?
+pub fn host_has(leaf: u32, subleaf: u32, register: usize, bit: u32) -> bool {
+    let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+    [r.eax, r.ebx, r.ecx, r.edx][register] >> bit & 1 != 0
 }

@@ -52,6 +52,8 @@ _GUEST_DEBUG = (
     | x.KVM_GUESTDBG_BLOCKIRQ
 )
 
+_XSAVE_BYTES = 4096
+
 _CAPABILITIES = {
     cap.KVM_CAP_IRQCHIP: 1,
     cap.KVM_CAP_HLT: 1,
@@ -83,6 +85,7 @@ _CAPABILITIES = {
     cap.KVM_CAP_SET_GUEST_DEBUG: 1,
     cap.KVM_CAP_SET_GUEST_DEBUG2: _GUEST_DEBUG,
     cap.KVM_CAP_XSAVE: 1,
+    cap.KVM_CAP_XSAVE2: _XSAVE_BYTES,
     cap.KVM_CAP_XCRS: 1,
     cap.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     cap.KVM_CAP_GET_TSC_KHZ: 1,
@@ -517,10 +520,15 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_GET_XSAVE")
         return x.kvm_xsave.from_buffer_copy(self._vcpu.get_xsave())
 
+    def get_xsave2(self) -> bytes:
+        """KVM_GET_XSAVE2: no component lies beyond what KVM_GET_XSAVE returns."""
+        self._check("KVM_GET_XSAVE2")
+        return self._vcpu.get_xsave()
+
     def set_xsave(self, xsave: x.kvm_xsave | bytes) -> None:
         """KVM_SET_XSAVE."""
         self._check("KVM_SET_XSAVE")
-        _named("KVM_SET_XSAVE", self._vcpu.set_xsave, bytes(xsave)[:4096].ljust(4096, b"\0"))
+        _named("KVM_SET_XSAVE", self._vcpu.set_xsave, bytes(xsave)[:_XSAVE_BYTES].ljust(_XSAVE_BYTES, b"\0"))
 
     def get_xcrs(self) -> x.kvm_xcrs:
         """KVM_GET_XCRS."""

@@ -19,10 +19,17 @@ def _bits(*positions: int) -> int:
 _1_ECX = _bits(0, 1, 9, 12, 13, 19, 20, 21, 22, 23, 24, 25, 26, 28, 29, 30, 31)
 # FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
 _1_EDX = _bits(0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26)
-# FSGSBASE TSC_ADJUST BMI1 AVX2 FDP_EXCPTN SMEP BMI2 ERMS FPU-CS-DS RDSEED ADX SMAP CLFLUSHOPT SHA
-_7_EBX = _bits(0, 1, 3, 5, 6, 7, 8, 9, 13, 18, 19, 20, 23, 29)
-_7_ECX = _bits(2)  # UMIP
-_7_EDX = _bits(4)  # FSRM
+# FSGSBASE TSC_ADJUST BMI1 AVX2 FDP_EXCPTN SMEP BMI2 ERMS FPU-CS-DS RDSEED ADX SMAP CLFLUSHOPT CLWB SHA
+_7_EBX = _bits(0, 1, 3, 5, 6, 7, 8, 9, 13, 18, 19, 20, 23, 24, 29)
+_AVX512_EBX = _bits(16, 17, 21, 28, 30, 31)  # F DQ IFMA CD BW VL
+# UMIP GFNI VAES VPCLMULQDQ RDPID CLDEMOTE MOVDIRI MOVDIR64B
+_7_ECX = _bits(2, 8, 9, 10, 22, 25, 27, 28)
+_AVX512_ECX = _bits(1, 6, 11, 12, 14)  # VBMI VBMI2 VNNI BITALG VPOPCNTDQ
+_7_EDX = _bits(4, 14)  # FSRM SERIALIZE
+_AVX512_EDX = _bits(23)  # FP16
+_7_1_EAX = _bits(4)  # AVX-VNNI
+_AVX512_7_1_EAX = _bits(5)  # BF16
+_XSAVE_EAX = _bits(0, 1, 2, 3)  # XSAVEOPT, XSAVEC, XGETBV of XINUSE, XSAVES
 _ALWAYS_7_EDX = _bits(29)  # ARCH_CAPABILITIES: the MSR says which weaknesses the host's kernel rules out
 _80000001_ECX = _bits(0, 5, 8)  # LAHF LZCNT PREFETCHW
 _80000001_EDX = _bits(11, 20, 26, 27, 29)  # SYSCALL NX 1G-pages RDTSCP LM
@@ -31,9 +38,6 @@ _ALWAYS_1_ECX = _bits(21, 24, 31)
 _ALWAYS_1_EDX = _bits(9)
 _ALWAYS_7_EBX = _bits(0, 1, 7, 20)
 _ALWAYS_7_ECX = _bits(2)
-
-_XSAVE_BYTES = 832
-"""Legacy region, header, AVX."""
 
 _PHYSICAL_BITS, _LINEAR_BITS = 46, 48
 
@@ -74,13 +78,22 @@ def get_supported_cpuid() -> list[x86.kvm_cpuid_entry2]:
         if not eax & 0x1F:
             break
     add(6, _bits(2), 0, 0, 0)  # ARAT
-    _, ebx, ecx, edx = host(7, 0)
-    add(7, 0, ebx & _7_EBX | _ALWAYS_7_EBX, ecx & _7_ECX | _ALWAYS_7_ECX, edx & _7_EDX | _ALWAYS_7_EDX, 0)
+    xcr0 = _engine.supported_xcr0()
+    avx512 = -1 if xcr0 & 0xE0 else 0
+    highest, ebx, ecx, edx = host(7, 0)
+    ebx = ebx & (_7_EBX | _AVX512_EBX & avx512) | _ALWAYS_7_EBX
+    ecx = ecx & (_7_ECX | _AVX512_ECX & avx512) | _ALWAYS_7_ECX
+    add(7, min(highest, 1), ebx, ecx, edx & (_7_EDX | _AVX512_EDX & avx512) | _ALWAYS_7_EDX, 0)
+    if highest >= 1:
+        add(7, host(7, 1)[0] & (_7_1_EAX | _AVX512_7_1_EAX & avx512), 0, 0, 0, 1)
     for index in range(2):
         add(0xB, 0, 0, index, 0, index)
-    add(0xD, 7, _XSAVE_BYTES, _XSAVE_BYTES, 0, 0)
-    add(0xD, host(0xD, 1)[0] & 1, 0, 0, 0, 1)  # XSAVEOPT
-    add(0xD, 256, 576, 0, 0, 2)
+    components = {n: host(0xD, n) for n in range(2, 8) if xcr0 >> n & 1}
+    area_bytes = max((size + offset for size, offset, _, _ in components.values()), default=576)
+    add(0xD, xcr0, area_bytes, area_bytes, 0, 0)
+    add(0xD, host(0xD, 1)[0] & _XSAVE_EAX, 0, 0, 0, 1)
+    for n, (size, offset, ecx, _) in components.items():
+        add(0xD, size, offset, ecx & 2, 0, n)  # bit 1: aligned in the compacted format
     # TSC = 1 GHz · kHz / 10^6.
     add(0x15, 1_000_000, khz, _APIC_TIMER_HZ, 0)
     add(0x16, khz // 1000, khz // 1000, 100, 0)
