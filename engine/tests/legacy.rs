@@ -1,101 +1,37 @@
 //! 32-bit code, interpreted by the engine and run by the host CPU itself in compatibility mode: same registers,
 //! flags and memory. `KVMKIT_CASES` and `KVMKIT_SEED` as in `differential`.
 
+mod common;
 use _engine::classify::{Class, Features, classify};
 use _engine::cpu::{CS, Exit, Seg, Vcpu, cr0, rflags};
 use _engine::mem::{Slot, Slots};
 use _engine::run;
 use _engine::vm::Vm;
+use common::native::compat::{self, State};
+use common::native::{Random, Region, alone, number};
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
-use std::arch::naked_asm;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// The region that guest and host share, at the same addresses.
-const BASE: u64 = 0x1000_0000;
-const SIZE: u64 = 1 << 20;
-const ENTRY: u64 = BASE;
-const EXIT: u64 = BASE + 0x100;
-const FRAME: u64 = BASE + 0x800;
+const REGION: Region = Region { base: 0x1000_0000, bytes: 1 << 20 };
+const BASE: u64 = REGION.base;
 const CODE: u64 = BASE + 0x1000;
 const DATA: u64 = BASE + 0x10_000;
 const DATA_BYTES: usize = 0x8000;
 const STACK: u64 = DATA + 0x7000;
 
-/// Code and data selectors of 32-bit processes on Linux (arch/x86/include/asm/segment.h).
-const USER32_CS: u64 = 0x23;
-
-static mut AFTER: [u64; 9] = [0; 9];
-static mut HOST_RSP: u64 = 0;
-static LOCK: Mutex<()> = Mutex::new(());
-
-#[unsafe(naked)]
-extern "C" fn native_enter() {
-    naked_asm!(
-        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
-        "mov [rip+{rsp}], rsp",
-        "mov esp, {frame}",
-        "mov eax, {entry}",
-        "push {cs}", "push rax", "lea rsp, [rsp]",
-        "retfq",
-        rsp = sym HOST_RSP, frame = const FRAME, entry = const ENTRY, cs = const USER32_CS,
-    )
-}
-
-#[unsafe(naked)]
-extern "C" fn native_exit() {
-    naked_asm!(
-        "mov [rip+{s}], eax", "mov [rip+{s}+8], ecx", "mov [rip+{s}+16], edx", "mov [rip+{s}+24], ebx",
-        "mov [rip+{s}+32], esp", "mov [rip+{s}+40], ebp", "mov [rip+{s}+48], esi", "mov [rip+{s}+56], edi",
-        "mov rsp, [rip+{rsp}]",
-        "pushfq", "pop [rip+{s}+64]",
-        "cld",
-        "mov eax, 0", "mov ds, eax", "mov es, eax",
-        "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
-        "ret",
-        rsp = sym HOST_RSP, s = sym AFTER,
-    )
-}
-
-struct Random(u64);
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
-
 fn write(at: u64, bytes: &[u8]) {
-    // SAFETY: inside the region that `machine` mapped.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+    REGION.write(at, bytes);
 }
 
 fn data() -> &'static mut [u8] {
-    // SAFETY: inside the region that `machine` mapped; one test at a time (LOCK).
-    unsafe { std::slice::from_raw_parts_mut(DATA as *mut u8, DATA_BYTES) }
+    REGION.slice(DATA, DATA_BYTES)
 }
 
 fn machine() -> Vcpu {
-    // SAFETY: a fixed mapping in an address range that nothing else uses (the program is position-independent
-    // and far above).
-    unsafe {
-        let p = libc::mmap(
-            BASE as *mut _,
-            SIZE as usize,
-            libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
-            -1,
-            0,
-        );
-        assert_eq!(p as u64, BASE);
-    }
+    REGION.map();
     let vm = Arc::new(Vm::new(1_000_000).unwrap());
-    vm.set_slots(Slots::new(vec![Slot { id: 0, flags: 0, gpa: BASE, size: SIZE, hva: BASE }]));
+    vm.set_slots(Slots::new(vec![Slot { id: 0, flags: 0, gpa: BASE, size: REGION.bytes, hva: BASE }]));
     let mut v = Vcpu::new(vm, 0).unwrap();
     let c = &mut v.cpu;
     c.cr0 = cr0::PE | cr0::NE | cr0::ET;
@@ -104,13 +40,6 @@ fn machine() -> Vcpu {
         c.segs[s] = Seg { base: 0, limit: u32::MAX, sel: 16, attr: 0xc093, unusable: false };
     }
     v
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct State {
-    /// In encoding order.
-    gpr: [u32; 8],
-    flags: u64,
 }
 
 /// Run `code` natively, then by the engine, from the same state; what differs in a flag of `undefined` does
@@ -123,32 +52,8 @@ fn compare(
     undefined: u64,
     what: &dyn Fn() -> String,
 ) -> State {
-    // mov eax, 0x2b; mov ds, eax; mov es, eax; popfd; popad; mov esp, imm32; jmp code
-    let mut entry = vec![0xb8, 0x2b, 0, 0, 0, 0x8e, 0xd8, 0x8e, 0xc0, 0x9d, 0x61, 0xbc];
-    entry.extend(before.gpr[4].to_le_bytes());
-    entry.push(0xe9);
-    entry.extend((CODE as u32).wrapping_sub(ENTRY as u32 + entry.len() as u32 + 4).to_le_bytes());
-    // jmp far 0x33:EXIT
-    let mut tail = vec![0xea];
-    tail.extend((EXIT as u32).to_le_bytes());
-    tail.extend([0x33, 0]);
-    let mut leave = vec![0xff, 0x25, 0, 0, 0, 0];
-    leave.extend((native_exit as *const () as u64).to_le_bytes());
-    let mut frame = (before.flags as u32).to_le_bytes().to_vec();
-    for n in (0..8).rev() {
-        frame.extend(before.gpr[n].to_le_bytes());
-    }
-    write(ENTRY, &entry);
-    write(EXIT, &leave);
-    write(FRAME, &frame);
-    write(CODE, &[code, &tail].concat());
     data().copy_from_slice(contents);
-    // SAFETY: one test at a time; the code ends in `native_exit`.
-    let after = unsafe {
-        native_enter();
-        (&raw const AFTER).read()
-    };
-    let native = State { gpr: std::array::from_fn(|n| after[n] as u32), flags: after[8] };
+    let native = compat::run(REGION, BASE, code, CODE, before);
     let native_data = data().to_vec();
 
     write(CODE, &[code, &[0xf4]].concat());
@@ -195,7 +100,7 @@ fn random_contents(r: &mut Random) -> Vec<u8> {
 
 fn instruction(r: &mut Random, factory: &mut InstructionInfoFactory) -> Vec<u8> {
     use Mnemonic::*;
-    let none = Features { x87: false, sse: false, avx: false };
+    let none = Features::NONE;
     loop {
         let mut b = Vec::with_capacity(20);
         if r.below(3) == 0 {
@@ -254,13 +159,9 @@ fn instruction(r: &mut Random, factory: &mut InstructionInfoFactory) -> Vec<u8> 
     }
 }
 
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
 #[test]
 fn random_32_bit_code_runs_as_on_the_host() {
-    let _guard = LOCK.lock();
+    let _guard = alone();
     let mut v = machine();
     let mut factory = InstructionInfoFactory::new();
     let first = number("KVMKIT_SEED", 1);
@@ -274,7 +175,7 @@ fn random_32_bit_code_runs_as_on_the_host() {
 
 #[test]
 fn decimal_adjustment() {
-    let _guard = LOCK.lock();
+    let _guard = alone();
     let mut v = machine();
     let contents = vec![0; DATA_BYTES];
     let mut state = random_state(&mut Random(7));
@@ -390,7 +291,7 @@ const SNIPPETS: &[(&str, &[u8])] = &[
 
 #[test]
 fn snippets_of_32_bit_code_run_as_on_the_host() {
-    let _guard = LOCK.lock();
+    let _guard = alone();
     let mut v = machine();
     for (what, code) in SNIPPETS {
         for seed in 1..8 {
