@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,4 +108,90 @@ def _tool(name: str) -> str:
 
 
 def gzipped(data: bytes) -> bytes:
-    return gzip.compress(data, 1)
+    return gzip.compress(data, 1, mtime=0)
+
+
+def write_layout(
+    path: Path,
+    layers: Sequence[bytes],
+    config: dict[str, Any] | None = None,
+    *,
+    pack: Callable[[bytes], bytes] = gzipped,
+    architecture: str = "amd64",
+    name: str = "",
+) -> str:
+    """An OCI layout with one image; returns its manifest's digest."""
+
+    def blob(data: bytes, media_type: str, **more: Any) -> dict[str, Any]:
+        file = path / "blobs" / sha256(data).replace(":", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        return {"mediaType": media_type, "digest": sha256(data), "size": len(data), **more}
+
+    prefix = "application/vnd.oci.image"
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": f"{prefix}.manifest.v1+json",
+        "config": blob(config_of(layers, config, architecture), f"{prefix}.config.v1+json"),
+        "layers": [blob(pack(data), f"{prefix}.layer.v1.tar+gzip") for data in layers],
+    }
+    descriptor = blob(json.dumps(manifest).encode(), f"{prefix}.manifest.v1+json")
+    if name:
+        descriptor["annotations"] = {"org.opencontainers.image.ref.name": name}
+    # A builder's index of platforms, and what it attests of the image
+    index = {
+        "schemaVersion": 2,
+        "manifests": [
+            {**descriptor, "platform": {"os": "linux", "architecture": architecture}},
+            {
+                **descriptor,
+                "digest": sha256(b"none"),
+                "platform": {"os": "unknown", "architecture": "unknown"},
+            },
+        ],
+    }
+    nested = blob(
+        json.dumps(index).encode(), f"{prefix}.index.v1+json", annotations=descriptor.get("annotations")
+    )
+    (path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [nested]}))
+    (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return sha256(json.dumps(manifest).encode())
+
+
+def write_docker(
+    path: Path,
+    layers: Sequence[bytes],
+    config: dict[str, Any] | None = None,
+    *,
+    tag: str = "registry.example/x/app:1",
+) -> None:
+    """A ``docker save`` archive with one image, as Docker wrote it before it wrote OCI layouts too."""
+    about = config_of(layers, config)
+    config_name = sha256(about)[7:] + ".json"
+    names = [f"{number}/layer.tar" for number in range(len(layers))]
+    manifest = [{"Config": config_name, "RepoTags": [tag], "Layers": names}]
+    files = {
+        config_name: about,
+        **dict(zip(names, layers, strict=True)),
+        "manifest.json": json.dumps(manifest).encode(),
+    }
+    write_tar(path, files)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.write_bytes(layer(*(Entry(name, data) for name, data in files.items())))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"), reverse=True)
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; its directory of images."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/kvmkit/images"

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from kvmkit.cli.image import image
 from kvmkit.cli.info import info
 from kvmkit.cli.run import EXIT_KVMKIT, run
 from kvmkit.errors import KvmkitError
@@ -23,6 +24,7 @@ def commands() -> None:
 
 commands.add_command(run)
 commands.add_command(info)
+commands.add_command(image)
 
 
 def main() -> NoReturn:

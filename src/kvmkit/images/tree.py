@@ -17,7 +17,7 @@ from typing import IO, cast
 
 from kvmkit.errors import ImageError
 
-__all__ = ["FileData", "Inode", "Tree"]
+__all__ = ["FileData", "HeaderReader", "Inode", "Tree"]
 
 _MAX_FILES = 1_000_000
 """Entries of a layer, files of a tree: what an image costs us in memory is bounded."""
@@ -211,7 +211,7 @@ class _Refused(Exception):
     """An entry is something that can't be; says what."""
 
 
-class _Reader:
+class HeaderReader:
     """A file that bounds what `tarfile` reads of it, which is headers: it takes one in at once, however long it is."""
 
     def __init__(self, file: IO[bytes], what: str) -> None:
@@ -221,7 +221,12 @@ class _Reader:
         self.seek = file.seek
         self.tell = file.tell
 
+    def as_file(self) -> IO[bytes]:
+        """Return itself, as `tarfile` wants it typed."""
+        return cast(IO[bytes], self)
+
     def read(self, size_bytes: int) -> bytes:
+        """Read, within the bounds."""
         self._left_bytes -= size_bytes
         if not 0 <= size_bytes <= _MAX_HEADER_BYTES or self._left_bytes < 0:
             raise ImageError(f"{self._what}: its headers are too long: it is damaged or malicious")
@@ -232,7 +237,7 @@ def _members(layer: IO[bytes], what: str) -> list[tuple[tarfile.TarInfo, list[by
     layer.seek(0)
     members: list[tuple[tarfile.TarInfo, list[bytes]]] = []
     try:
-        reader = cast(IO[bytes], _Reader(layer, what))
+        reader = HeaderReader(layer, what).as_file()
         with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             for member in archive:
                 if len(members) == _MAX_FILES:
