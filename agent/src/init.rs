@@ -418,8 +418,9 @@ fn lead(argv: &[String], environment: &Environment) -> i32 {
     let status = match command.spawn().and_then(|mut child| child.wait()) {
         Ok(status) => status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
         Err(error) => {
+            let error_is_absent = error.kind() == io::ErrorKind::NotFound;
             say(&format!("{program}: {}", Failure::of("", error).message.trim_start_matches(": ")));
-            if Path::new(program).exists() { 126 } else { 127 }
+            if error_is_absent { 127 } else { 126 }
         }
     };
     let _ = tcdrain(io::stdout());

@@ -5,11 +5,29 @@
     agent = Agent(connect)                      # connect() -> a connected socket
     agent.run(["uname", "-r"], text=True).stdout
     with agent.popen(["sort"], stdin=PIPE, stdout=PIPE) as sort: ...
+    agent.files.put("here", "/there")
+
+`AsyncAgent` has the same with ``await``.
 
 `protocol` says what goes over the socket.
 """
 
+from kvmkit.client.agent.aio import AsyncAgent, AsyncFiles, AsyncProcess
+from kvmkit.client.agent.operations import FileStat, GuestInfo
 from kvmkit.client.agent.protocol import Pty
-from kvmkit.client.agent.sync import DEVNULL, PIPE, Agent, CompletedProcess, Process
+from kvmkit.client.agent.sync import DEVNULL, PIPE, Agent, CompletedProcess, Files, Process
 
-__all__ = ["DEVNULL", "PIPE", "Agent", "CompletedProcess", "Process", "Pty"]
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "Agent",
+    "AsyncAgent",
+    "AsyncFiles",
+    "AsyncProcess",
+    "CompletedProcess",
+    "FileStat",
+    "Files",
+    "GuestInfo",
+    "Process",
+    "Pty",
+]

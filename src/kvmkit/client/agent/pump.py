@@ -17,7 +17,7 @@ from kvmkit.client.agent import protocol
 from kvmkit.client.agent.protocol import Command
 from kvmkit.errors import AgentError
 
-_RECEIVE_BYTES = 256 << 10
+RECEIVE_BYTES = 256 << 10
 _GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 
@@ -204,7 +204,7 @@ class Pump:
         self._lock = threading.Lock()
         self._outgoing = bytearray(request)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._lost = False
         self._failure: OSError | None = None
         sock.setblocking(False)

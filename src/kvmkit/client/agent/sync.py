@@ -5,16 +5,29 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, AnyStr, Generic, Literal, Self, overload
+from typing import IO, Any, AnyStr, Generic, Literal, Self, TypeVar, overload
 
-from kvmkit.client.agent import protocol
-from kvmkit.client.agent.protocol import Command, Pty
-from kvmkit.client.agent.pump import BytesSink, BytesSource, FdSink, FdSource, NullSink, Pump, Sink, Source
-from kvmkit.errors import CommandError, CommandTimeout
+from kvmkit.client.agent import operations, protocol
+from kvmkit.client.agent.operations import FileStat, GuestPath
+from kvmkit.client.agent.protocol import Command, FrameDecoder, Pty
+from kvmkit.client.agent.pump import (
+    RECEIVE_BYTES,
+    BytesSink,
+    BytesSource,
+    FdSink,
+    FdSource,
+    NullSink,
+    Pump,
+    Sink,
+    Source,
+)
+from kvmkit.errors import AgentError, CommandError, CommandTimeout
+
+T = TypeVar("T")
 
 PIPE = subprocess.PIPE
 DEVNULL = subprocess.DEVNULL
@@ -129,11 +142,144 @@ class Process:
             self._ended.set()
 
 
+class Files:
+    """The guest's files, as `Agent.files`. Relative paths start at the guest's root. `GuestError` has the guest's errno."""
+
+    def __init__(
+        self,
+        do: Callable[[operations.Operation[Any]], Any],
+        carry_out: Callable[[operations.Plan[None]], None],
+    ) -> None:
+        """Made by `Agent`."""
+        self._do = do
+        self._carry_out = carry_out
+
+    def read_bytes(self, path: GuestPath, *, limit_bytes: int = operations.READ_LIMIT_BYTES) -> bytes:
+        """A file's content; `AgentError` if it is longer than `limit_bytes`."""
+        data: bytes = self._do(operations.read_bytes(path, limit_bytes))
+        return data
+
+    def read_text(self, path: GuestPath, encoding: str = "utf-8") -> str:
+        """A file's content as a string."""
+        return self.read_bytes(path).decode(encoding)
+
+    def write_bytes(self, path: GuestPath, data: bytes | memoryview, *, mode: int | None = None) -> None:
+        """Write a file, made or emptied first; `mode` is its permissions then, else a new file's are 0644."""
+        self._do(operations.write_bytes(path, data, mode))
+
+    def write_text(
+        self, path: GuestPath, text: str, encoding: str = "utf-8", *, mode: int | None = None
+    ) -> None:
+        """Write a string."""
+        self.write_bytes(path, text.encode(encoding), mode=mode)
+
+    def put(self, local: str | os.PathLike[str], remote: GuestPath) -> None:
+        """Copy a file, or a directory with what is in it, from the host to the guest; below `remote` if that is a directory.
+
+        Modes and times come along, owners don't. Of a directory only files, directories and links are copied.
+        """
+        self._carry_out(operations.put(local, remote))
+
+    def get(self, remote: GuestPath, local: str | os.PathLike[str]) -> None:
+        """Copy from the guest to the host, likewise. Links are copied as they are and nothing is written outside of `local`.
+
+        A hostile guest can send more than the host's disk holds: there is no limit.
+        """
+        self._carry_out(operations.get(remote, local))
+
+    def stat(self, path: GuestPath, *, follow_symlinks: bool = True) -> FileStat:
+        """The status of a file, or with `follow_symlinks` false of a link itself."""
+        value: FileStat = self._do(operations.stat(path, follow_symlinks))
+        return value
+
+    def exists(self, path: GuestPath) -> bool:
+        """Whether there is such a file; a link that leads nowhere is none."""
+        value: bool = self._do(operations.exists(path))
+        return value
+
+    def listdir(self, path: GuestPath) -> list[str]:
+        """Names in a directory, sorted."""
+        names: list[str] = self._do(operations.listdir(path))
+        return names
+
+    def mkdir(self, path: GuestPath, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Make a directory; with `parents` all that leads there, and it may exist."""
+        self._do(operations.mkdir(path, parents, exist_ok))
+
+    def remove(self, path: GuestPath, *, recursive: bool = False) -> None:
+        """Remove a file or an empty directory; with `recursive` a directory with what is in it."""
+        self._do(operations.simple("remove", path=protocol.text(path), recursive=recursive))
+
+    def rename(self, path: GuestPath, to: GuestPath) -> None:
+        """Rename within a file system."""
+        self._do(operations.simple("rename", path=protocol.text(path), to=protocol.text(to)))
+
+
 class Agent:
     """The agent in a guest. `connect` makes a connection to it; each request takes one of its own."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
         self._connect = connect
+        self.files = Files(self._do, self._carry_out)
+
+    def info(self) -> operations.GuestInfo:
+        """What the agent says of its guest."""
+        return self._do(operations.info())
+
+    def set_time(self, ns: int | None = None) -> None:
+        """Set the guest's wall clock to `ns` since 1970; None is the host's time."""
+        self._do(operations.set_time(ns))
+
+    def mount(self, tag: str, path: operations.GuestPath, *, read_only: bool = False) -> None:
+        """Mount the shared directory `tag` (virtiofs) at `path`, which is made if need be."""
+        self._do(operations.simple("mount", tag=tag, path=protocol.text(path), read_only=read_only))
+
+    def umount(self, path: operations.GuestPath) -> None:
+        """Undo a mount."""
+        self._do(operations.simple("umount", path=protocol.text(path)))
+
+    def shutdown(self, *, reboot: bool = False) -> None:
+        """End all processes of the guest, write its disks, and power off or reboot. Returns when that has begun."""
+        self._do(operations.simple("shutdown", reboot=reboot))
+
+    def _do(self, operation: operations.Operation[T]) -> T:
+        """Carry out an operation on a connection of its own."""
+        with self._connect() as sock:
+            sock.setblocking(True)
+            decoder = FrameDecoder()
+            frames: Iterator[tuple[int, bytes]] = iter(())
+            received: tuple[int, bytes] | None = None
+            buffer = memoryview(bytearray(RECEIVE_BYTES))
+            try:
+                while True:
+                    wanted = next(operation) if received is None else operation.send(received)
+                    received = None
+                    if wanted is not None:
+                        sock.sendall(wanted)
+                        continue
+                    while (received := next(frames, None)) is None:
+                        count = sock.recv_into(buffer)
+                        if not count:
+                            raise AgentError("the agent closed the connection before it answered")
+                        frames = decoder.receive(buffer[:count])
+            except StopIteration as stop:
+                value: T = stop.value
+                return value
+            except ConnectionError as error:
+                raise AgentError(f"the connection to the agent broke: {error}") from error
+            finally:
+                operation.close()
+
+    def _carry_out(self, plan: operations.Plan[None]) -> None:
+        """Carry out operations one after the other."""
+        try:
+            operation = next(plan)
+            while True:
+                operation = plan.send(self._do(operation))
+        except StopIteration:
+            pass
+        finally:
+            plan.close()
 
     @overload
     def run(
