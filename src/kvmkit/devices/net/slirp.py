@@ -49,8 +49,10 @@ than a segment, and not tell when it has grown by less than another; libslirp th
 BACKLOG_BYTES = 4 << 20
 """Frames for a guest that has no room, most of them: what more libslirp has is dropped, as on a full link."""
 
-MAX_SOCKETS = 1024
-"""Open at once, or half of what this process may open: beyond that the guest's new connections are dropped."""
+MAX_SOCKETS = 4096
+"""Open at once, or half of what this process may open: then new connections of the guest are dropped. libslirp keeps one
+that its other end closed for another 5 to 10 seconds (TIME_WAIT).
+"""
 
 _PLAIN = bytes(12)
 _DATA_VALID = b"\x02" + bytes(11)
