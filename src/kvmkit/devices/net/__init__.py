@@ -3,9 +3,9 @@
 `slirp` is user-mode networking: TCP, UDP and ping by the sockets of an ordinary process, for every user and in every container.
 `tap` is an interface of the host. `device` is what sits in front of them: `kvmkit.devices.virtio.net`.
 
-User-mode networking was chosen by trying. passt is faster in other monitors, but sandboxes itself in a user namespace and refuses
-to start where those are forbidden, as in a container with Docker's default seccomp profile, and Debian 12's takes port forwards
-only at its start. slirp4netns needs a network namespace. libslirp needs nothing: it is a library, and forwards at run time.
+User-mode networking was chosen by trying. passt sandboxes itself in a user namespace and refuses to start where those are
+forbidden, as in a container with Docker's default seccomp profile, and Debian 12's takes port forwards only at its start.
+slirp4netns needs a network namespace. libslirp needs nothing: it is a library, and forwards at run time.
 """
 
 from abc import ABC, abstractmethod
