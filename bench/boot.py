@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvmkit import _engine
 from kvmkit.client import Event, Machine, MachineConfig
-from kvmkit.machine.guest import fetch_default_guest
+from kvmkit.machine.guest import console_command, fetch_default_guest
 
 MEMORY_MIB = 512
 INIT = b"kvmkit: init"
@@ -100,7 +100,7 @@ def main() -> None:
     append = f"quiet tsc_early_khz={khz} lpj={khz * 4}"
     with tempfile.TemporaryDirectory() as directory:
         initrd = Path(directory, "initrd")
-        initrd.write_bytes(guest.initramfs(("uname", "-a")))
+        initrd.write_bytes(guest.initramfs(console_command(("uname", "-a"))))
         vmlinux = str(guest.kernel.vmlinux)
         ours = [
             str(Path(sys.executable).with_name("kvmkit")),
@@ -119,7 +119,9 @@ def main() -> None:
                 init, end = measure(command)
                 rows[name]["init"].append(init)
                 rows[name]["end"].append(end)
-        config = MachineConfig("soft", vmlinux, str(initrd), append, memory_bytes=MEMORY_MIB << 20)
+        config = MachineConfig(
+            engine="soft", kernel=vmlinux, initrd=initrd, append=append, memory=MEMORY_MIB << 20, agent=False
+        )
         marks = phases(config)
     version = subprocess.run(
         [qemu, "--version"], capture_output=True, text=True, check=True

@@ -39,7 +39,9 @@ def boot(kernel: str, engine: str, number: int) -> float:
     start = time.monotonic()
     try:
         command = ("sh", "-c", f"echo boot {number}; exit {number % 100}")
-        config = MachineConfig(engine, kernel, command=command, output_fd=write)
+        config = MachineConfig(
+            engine=engine, kernel=kernel, console_command=command, agent=False, output_fd=write
+        )
         with Machine(config) as machine:
             os.close(write)
             write = -1

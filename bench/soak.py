@@ -24,9 +24,7 @@ def main() -> int:
     options = parser.parse_args()
     command = ["cargo", "test", "--release", "--no-default-features", "--test", "differential"]
     environment = os.environ | {"KVMKIT_CASES": str(options.cases), "KVMKIT_SEED": str(options.seed)}
-    done = subprocess.run(
-        [*command, "--", "--ignored", "--nocapture", "soak"], cwd=ENGINE, env=environment
-    )
+    done = subprocess.run([*command, "--", "--ignored", "--nocapture", "soak"], cwd=ENGINE, env=environment)
     return done.returncode
 
 

@@ -18,6 +18,7 @@ import lzma
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from pathlib import Path
 
 from kvmkit.machine.debian import Apt
 from kvmkit.machine.guest import GuestError, cache_directory, fetch_default_guest
-from kvmkit.machine.initramfs import CpioWriter, quote
+from kvmkit.machine.initramfs import CpioWriter
 
 TREE = Path(__file__).resolve().parent.parent
 BOOT_TIMEOUT_S = 120
@@ -363,7 +364,7 @@ def jobs(name: str, quick: bool, tests: Sequence[str], shell: str | None) -> lis
     """What was asked for."""
     if shell is not None:
         return [Job("shell", shell, 3600, linux=name == "amd", expect=".*")]
-    selection = " ".join(quote(test).decode() for test in tests)
+    selection = " ".join(shlex.quote(test) for test in tests)
     if not selection:
         selection = "tests/kvm"
         if quick:

@@ -8,6 +8,7 @@ use crate::exec::Environment;
 use crate::frame::Failure;
 use crate::network::{self, Network};
 use crate::server::Server;
+use crate::text::Text;
 use base64::Engine;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -50,7 +51,7 @@ struct Boot {
     environment: Environment,
     /// Base64 of random bytes from the host.
     seed: Option<String>,
-    /// What to run on the console where there is no vsock.
+    /// What to run on the console where there is no vsock, or always.
     fallback_command: Option<Fallback>,
 }
 
@@ -80,9 +81,12 @@ struct Share {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Fallback {
-    argv: Vec<String>,
+    argv: Vec<Text>,
     #[serde(default)]
     env: Environment,
+    /// Beside the agent, too. Its end is the machine's.
+    #[serde(default)]
+    always: bool,
 }
 
 /// Say something on the console. Unlike println! it doesn't mind a console that is gone, and process 1 must not panic.
@@ -120,12 +124,19 @@ pub fn run() -> ! {
     }
     network::bring_up(boot.network.as_ref(), &mut warnings);
 
-    match listen() {
-        Ok(listener) => keep_serving(&listener, boot.environment, warnings),
-        Err(failure) => match boot.fallback_command {
-            Some(command) => run_fallback(&command, boot.environment),
-            None => power_off(&format!("no way to the host: {}", failure.message)),
-        },
+    match (listen(), boot.fallback_command) {
+        (Ok(listener), Some(command)) if command.always => {
+            let leader = start_on_console(&command, &boot.environment);
+            keep_serving(&listener, boot.environment, warnings, Some(leader))
+        }
+        (Ok(listener), _) => keep_serving(&listener, boot.environment, warnings, None),
+        (Err(_), Some(command)) => {
+            let leader = start_on_console(&command, &boot.environment);
+            loop {
+                end_with(leader, waitpid(None, None));
+            }
+        }
+        (Err(failure), None) => power_off(&format!("no way to the host: {}", failure.message)),
     }
 }
 
@@ -298,13 +309,17 @@ fn listen() -> Result<OwnedFd, Failure> {
     open().map_err(|error: Errno| Failure::of("vsock", error))
 }
 
-/// Process 1 from here on.
-fn keep_serving(listener: &OwnedFd, environment: Environment, warnings: Vec<String>) -> ! {
+/// Process 1 from here on. The machine ends with `leader`, if there is one.
+fn keep_serving(listener: &OwnedFd, environment: Environment, warnings: Vec<String>, leader: Option<Pid>) -> ! {
     let server = Arc::new(Server { environment, is_guest: true, warnings });
     let mut serving = start_server(listener, &server);
     let _hello = hello(&server.warnings); // open as long as the guest runs: its end tells the host
     loop {
-        match waitpid(None, None) {
+        let waited = waitpid(None, None);
+        if let Some(leader) = leader {
+            end_with(leader, waited);
+        }
+        match waited {
             Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) if Some(pid) == serving => {
                 say("kvmkit: the agent ended; it is started again");
                 serving = start_server(listener, &server);
@@ -359,22 +374,26 @@ fn hello(warnings: &[String]) -> Option<File> {
     Some(stream)
 }
 
-/// The way out where there is no vsock: run the command on the console, and say there how it ended.
-fn run_fallback(command: &Fallback, mut environment: Environment) -> ! {
+/// Run the command on the console, in a process that `end_with` waits for.
+fn start_on_console(command: &Fallback, environment: &Environment) -> Pid {
+    let mut environment = environment.clone();
     environment.extend(command.env.clone());
+    say("kvmkit: command");
     // SAFETY: process 1 has one thread.
-    let leader = match unsafe { fork() } {
+    match unsafe { fork() } {
         Ok(ForkResult::Parent { child }) => child,
         Ok(ForkResult::Child) => std::process::exit(lead(&command.argv, &environment)),
         Err(error) => power_off(&format!("fork: {error}")),
-    };
-    let status = loop {
-        match waitpid(None, None) {
-            Ok(WaitStatus::Exited(pid, status)) if pid == leader => break status,
-            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == leader => break 128 + signal as i32,
-            Err(Errno::ECHILD) => break 255,
-            _ => {}
-        }
+    }
+}
+
+/// If the process that has ended is `leader`, say on the console how, and end the machine.
+fn end_with(leader: Pid, waited: nix::Result<WaitStatus>) {
+    let status = match waited {
+        Ok(WaitStatus::Exited(pid, status)) if pid == leader => status,
+        Ok(WaitStatus::Signaled(pid, signal, _)) if pid == leader => 128 + signal as i32,
+        Err(Errno::ECHILD) => 255,
+        _ => return,
     };
     say(&format!("\nkvmkit: exit {status}"));
     stop_machine(RebootMode::RB_POWER_OFF)
@@ -382,7 +401,7 @@ fn run_fallback(command: &Fallback, mut environment: Environment) -> ! {
 
 /// Lead the console's session and run a command in it. When the leader of a terminal's session ends, Linux drops what the terminal
 /// has not sent yet: so this is a process of its own, which waits for that.
-fn lead(argv: &[String], environment: &Environment) -> i32 {
+fn lead(argv: &[Text], environment: &Environment) -> i32 {
     let _ = setsid();
     let console = console_name();
     match OpenOptions::new().read(true).write(true).open(&console) {
@@ -419,7 +438,7 @@ fn lead(argv: &[String], environment: &Environment) -> i32 {
         Ok(status) => status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
         Err(error) => {
             let error_is_absent = error.kind() == io::ErrorKind::NotFound;
-            say(&format!("{program}: {}", Failure::of("", error).message.trim_start_matches(": ")));
+            say(&format!("{}: {}", program.path().display(), Failure::of("", error).message.trim_start_matches(": ")));
             if error_is_absent { 127 } else { 126 }
         }
     };
@@ -503,7 +522,7 @@ mod tests {
         )
         .unwrap();
         assert!(boot.root.unwrap().overlay);
-        assert_eq!(boot.fallback_command.unwrap().argv, ["sh"]);
+        assert_eq!(boot.fallback_command.unwrap().argv, [Text::Utf8("sh".into())]);
         assert!(serde_json::from_str::<Boot>("{}").is_ok());
         for wrong in ["[]", r#"{"module": []}"#, r#"{"root": {"device": "/dev/vda"}}"#, r#"{"mounts": [{}]}"#] {
             assert!(serde_json::from_str::<Boot>(wrong).is_err(), "{wrong}");

@@ -9,6 +9,7 @@ mod frame;
 mod init;
 mod network;
 mod server;
+mod tcp;
 mod text;
 mod user;
 

@@ -4,6 +4,7 @@ use crate::exec::{self, Environment, Exec};
 use crate::files;
 use crate::frame::*;
 use crate::init;
+use crate::tcp;
 use crate::text::Text;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -49,6 +50,10 @@ enum Request {
     Rename {
         path: Text,
         to: Text,
+    },
+    /// Becomes a TCP connection to a port of the guest's own.
+    Connect {
+        port: u16,
     },
     Info,
     SetTime {
@@ -104,6 +109,15 @@ impl Server {
                 let _ = exec::run(connection, exec, &self.environment);
                 return;
             }
+            Ok(Request::Connect { port }) => match tcp::connect(port) {
+                Ok(tcp) => {
+                    if connection.reply(&json!({})).is_ok() {
+                        tcp::splice(connection.stream, tcp);
+                    }
+                    return;
+                }
+                Err(failure) => Err(failure),
+            },
             Ok(Request::Read { path }) => files::read(&mut connection, path.path()).map(|()| None),
             Ok(Request::Pack { path }) => files::pack(&mut connection, path.path()).map(|()| None),
             Ok(Request::List { path }) => files::list(&mut connection, path.path()).map(|()| None),
@@ -146,7 +160,11 @@ impl Server {
                 let _ = connection.reply(&json!({}));
                 init::shut_down(reboot)
             }
-            Request::Exec(_) | Request::Read { .. } | Request::Pack { .. } | Request::List { .. } => unreachable!(),
+            Request::Exec(_)
+            | Request::Connect { .. }
+            | Request::Read { .. }
+            | Request::Pack { .. }
+            | Request::List { .. } => unreachable!(),
         }
     }
 

@@ -33,6 +33,10 @@ class MessageSocket:
         """Close this end."""
         self._socket.close()
 
+    def shutdown(self) -> None:
+        """Let both sides find the stream at its end; `close` is still to be called."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
     def send(self, message: dict[str, Any]) -> None:
         """Send all of it. `OSError` (EPIPE, ECONNRESET) where the other side is gone."""
         line = json.dumps(message).encode() + b"\n"

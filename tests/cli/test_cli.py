@@ -8,14 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 from kvmkit.cli import commands
-from kvmkit.cli.run import Memory, _status
+from kvmkit.cli.arguments import Memory
+from kvmkit.cli.run import _status
 from kvmkit.client import End
 
 
 def test_help_names_the_exit_codes() -> None:
     text = CliRunner().invoke(commands, ["run", "--help"]).output
     assert "kvmkit run -- uname -a   " in text
-    for line in ("  124  the timeout", "  125  kvmkit failed", "  126  the guest died"):
+    for line in ("  124  the timeout", "  125  kvmkit failed", "  123  the guest died"):
         assert line in text
 
 
@@ -34,29 +35,29 @@ def test_wrong_memory(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "status", "command", "code"),
+    ("reason", "status", "unfinished", "code"),
     [
-        ("power-off", 3, ("false",), 3),
-        ("power-off", 0, ("true",), 0),
-        ("power-off", None, ("true",), 126),
-        ("power-off", None, (), 0),
-        ("reset", None, (), 0),
-        ("stopped", None, (), 0),
-        ("exit", 7, (), 7),
-        ("panic", None, (), 126),
-        ("triple-fault", None, (), 126),
-        ("engine", 0, ("true",), 125),
+        ("power-off", 3, True, 3),
+        ("power-off", 0, True, 0),
+        ("power-off", None, True, 123),
+        ("power-off", None, False, 0),
+        ("reset", None, False, 0),
+        ("stopped", None, False, 0),
+        ("exit", 7, False, 7),
+        ("panic", None, False, 123),
+        ("triple-fault", None, False, 123),
+        ("engine", 0, True, 125),
     ],
 )
-def test_exit_status(reason: str, status: int | None, command: tuple[str, ...], code: int) -> None:
-    assert _status(End(reason, "", status, ""), command) == code
+def test_exit_status(reason: str, status: int | None, unfinished: bool, code: int) -> None:
+    assert _status(End(reason, "", status, ""), unfinished=unfinished) == code
 
 
 @pytest.mark.parametrize(("error", "code"), [(errno.EPIPE, 141), (errno.ENOSPC, 125)])
 def test_output_that_cant_be_written(error: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A reader that went away is as usual, a full disk is not."""
     detail = f"the console's output: {os.strerror(error)}"
-    assert _status(End("output-closed", detail, None, ""), ("true",)) == code
+    assert _status(End("output-closed", detail, None, ""), unfinished=True) == code
     assert (detail in capsys.readouterr().err) is (code == 125)
 
 

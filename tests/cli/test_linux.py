@@ -44,7 +44,7 @@ def run_linux(run_kvmkit: Run, linux_engine: str) -> Run:
         (["echo", "two  words", "it's"], 0, b"two  words it's\n"),
         (["printf", r"a\r\n\0\377b"], 0, b"a\r\n\0\xffb"),
         (["sh", "-c", "exit 7"], 7, b""),
-        (["sh", "-c", "kill -9 $$"], 137, b"Killed\n"),
+        (["sh", "-c", "kill -9 $$"], 137, b""),
         (["sh", "-c", "seq 20000 | sha256sum"], 0, None),
     ],
 )
@@ -67,44 +67,42 @@ def test_the_time_line(run_linux: Run) -> None:
     assert status == 0
     shown = re.search("command line: (.*)\n", err)
     assert shown is not None and out.decode().strip() == shown[1] and "quirk=1" in shown[1]
-    for step in ("kernel entered", "first console byte", "init runs", "command done", "VM ended"):
+    for step in ("VM process started", "kernel entered", "init runs", "agent ready"):
         assert re.search(rf"^ +[\d.]+  {step}$", err, re.MULTILINE)
 
 
 def test_a_panic(run_linux: Run) -> None:
     status, out, err = run_linux("--", "sh", "-c", "echo c > /proc/sysrq-trigger").finish()
-    assert status == 126
-    assert b"sysrq triggered crash" in out and "its kernel panicked" in err
+    assert status == 123
+    assert out == b"" and "sysrq triggered crash" in err and "its kernel panicked" in err
 
 
 def test_the_guest_ends_before_the_command(run_linux: Run) -> None:
     status, _, err = run_linux("--", "poweroff", "-f").finish()
-    assert (status, "power-off before" in err) == (126, True)
+    assert (status, "power-off before" in err) == (123, True)
 
 
 def test_timeout(run_linux: Run) -> None:
     assert run_linux("--timeout", "4", "--", "sleep", "1000").finish()[0] == 124
 
 
-def test_the_console_on_pipes(run_linux: Run) -> None:
-    """What is typed before the guest listens waits for it."""
+def test_a_shell_on_pipes(run_linux: Run) -> None:
+    """A script on stdin, which ends the guest."""
     reading, writing = os.pipe()
     os.write(writing, b"echo $((6 * 7)) is right\npoweroff -f\n")
     os.close(writing)
     status, out, err = run_linux(stdin=reading).finish()
     os.close(reading)
-    assert (status, err) == (0, "")
-    assert out.startswith(b"[    0.000000] Linux version ")
-    assert b"\r\n42 is right\r\n" in out and b"reboot: Power down" in out
+    assert (status, out, err) == (0, b"42 is right\n", "")
 
 
-def test_the_console_on_a_terminal(run_linux: Run) -> None:
+def test_a_shell_on_a_terminal(run_linux: Run) -> None:
     """Ctrl-C interrupts what runs in the guest; Ctrl-A x ends all."""
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
     running = run_linux(stdin=theirs, stdout=theirs, stderr=theirs)
     wait_for_raw(theirs)
-    read_until(ours, b"/ # ")
+    read_until(ours, b"~ # ")
     os.write(ours, b"echo s$((1+1))p; sleep 1000\r")
     read_until(ours, b"s2p")
     os.write(ours, b"\x03echo d$((1+1))n\r")

@@ -25,7 +25,7 @@ def impostor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Impostor:
             f"#!{sys.executable}\nimport socket, sys\nsock = socket.socket(fileno=int(sys.argv[-1]))\n{program}\n"
         )
         file.chmod(0o755)
-        monkeypatch.setattr("kvmkit.client.machine.sys.executable", str(file))
+        monkeypatch.setattr("kvmkit.client.vm_process.sys.executable", str(file))
         return Machine(MachineConfig())
 
     return make
@@ -82,7 +82,7 @@ def test_it_only_ends(impostor: Impostor) -> None:
 
 def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("kvmkit.client.machine.sys.executable", "/nowhere/python")
+    monkeypatch.setattr("kvmkit.client.vm_process.sys.executable", "/nowhere/python")
     with pytest.raises(VmError, match="can't start.*/nowhere/python"), Machine(MachineConfig(output_fd=1)):
         pass
     assert set(os.listdir("/proc/self/fd")) == before

@@ -20,7 +20,7 @@ SPIN = puts("up\n") + "\n1: jmp 1b"
 
 
 def config(engine: str, kernel: str, **more: object) -> MachineConfig:
-    return MachineConfig(engine=engine, kernel=kernel, memory_bytes=64 << 20, **more)  # type: ignore[arg-type]
+    return MachineConfig(engine=engine, kernel=kernel, memory="64M", agent=False, **more)  # type: ignore[arg-type]
 
 
 def test_the_end_and_the_timeline(engine: str, kernel: Kernel) -> None:
@@ -44,13 +44,13 @@ def test_wait_may_time_out_and_go_on(engine: str, kernel: Kernel) -> None:
     with Machine(config(engine, kernel(SPIN))) as vm:
         with pytest.raises(VmTimeout):
             vm.wait(0.01)
-        vm.stop()
+        vm.halt()
         assert vm.wait(TIMEOUT_S).reason == "stopped"
 
 
 def test_stop_from_another_thread(engine: str, kernel: Kernel) -> None:
     with Machine(config(engine, kernel(SPIN))) as vm:
-        threading.Thread(target=vm.stop).start()
+        threading.Thread(target=vm.halt).start()
         assert vm.wait(TIMEOUT_S).reason == "stopped"
 
 
@@ -95,7 +95,7 @@ def test_the_client_is_killed(engine: str, kernel: Kernel) -> None:
     program = f"""
 import os, signal
 from kvmkit.client import Machine, MachineConfig
-vm = Machine(MachineConfig(engine={engine!r}, kernel={kernel(SPIN)!r}, memory_bytes=64 << 20, output_fd=1))
+vm = Machine(MachineConfig(engine={engine!r}, kernel={kernel(SPIN)!r}, memory="64M", agent=False, output_fd=1))
 vm.start()
 os.write(2, b"%d" % vm.pid)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_a_bad_kernel_is_named(engine: str) -> None:
 
 
 def test_a_wrong_configuration() -> None:
-    machine = Machine(MachineConfig(engine="soft", memory_bytes=5000))
+    machine = Machine(MachineConfig(engine="soft", memory=5000))
     with pytest.raises(VmError, match="5000 bytes"):
         machine.__enter__()
     with pytest.raises(KvmkitError):

@@ -11,7 +11,7 @@ import pytest
 
 import kvmkit.kvm
 from kvmkit.kvm.exits import Intr, Io, Mmio
-from kvmkit.machine.guest import DefaultGuest
+from kvmkit.machine.guest import DefaultGuest, console_command
 from kvmkit.machine.x86 import layout
 from kvmkit.machine.x86.board import X86Board
 from kvmkit.machine.x86.cpuid import cpuid_of
@@ -281,7 +281,7 @@ def test_linux(
     vm = machine(memory_bytes=(3 << 30) + 256 * MIB)
     script = f"head -n 1 /proc/meminfo; dmesg -r | grep '^<[0-2]>'; {command}"
     kernel: Path = getattr(guest.kernel, form)
-    initramfs = guest.initramfs(("sh", "-c", script))
+    initramfs = guest.initramfs(console_command(("sh", "-c", script)))
     assert vm.run(kernel, "console=ttyS0 panic=-1 quiet", initramfs, pvh) == end, vm.output
     assert re.search(rb"MemTotal: +3[23]\d{5} kB", vm.output), vm.output
     assert (b"kvmkit: exit 5" in vm.output) == (end == "power-off")

@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 import stat
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmkit.machine.initramfs import CpioWriter, build_default_initramfs, quote
+from kvmkit.machine.initramfs import CpioWriter, build_initramfs
 
 
 def read_newc(archive: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
@@ -71,30 +72,21 @@ def test_cpio_reads_it(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "d/f").stat().st_mode) == 0o600
 
 
-def test_default_initramfs() -> None:
-    made = build_default_initramfs(("echo", "it's"), b"busybox!", ["ls", "[", "busybox"], {"TERM": "a'b"})
-    assert made == build_default_initramfs(("echo", "it's"), b"busybox!", ["[", "ls"], {"TERM": "a'b"})
+def test_the_agent_s_initramfs(tmp_path: Path) -> None:
+    module = tmp_path / "virtio.ko"
+    module.write_bytes(b"module!")
+    boot = {"hostname": "h", "environment": {"USER": "x"}}
+    made = build_initramfs(b"agent!", boot, [module], busybox=b"busybox!", applets=["ls", "[", "busybox"])
+    assert made == build_initramfs(b"agent!", boot, [module], busybox=b"busybox!", applets=["[", "ls"])
     entries = read_newc(made)
     assert entries["dev/console"] == (stat.S_IFCHR | 0o600, b"", (5, 1))
     assert entries["bin/busybox"] == (stat.S_IFREG | 0o755, b"busybox!", (0, 0))
     assert entries["bin/["] == entries["bin/sh"] == (stat.S_IFLNK | 0o777, b"busybox", (0, 0))
-    assert entries["init"][0] == stat.S_IFREG | 0o755
-    assert entries["etc/command"][1] == b"cd\nexec 'echo' 'it'\\''s'\n"
-    assert b"export TERM='a'\\''b'\n" in entries["etc/environment"][1]
+    assert entries["init"] == (stat.S_IFREG | 0o755, b"agent!", (0, 0))
+    assert entries["lib/modules/virtio.ko"][1] == b"module!"
+    settings = json.loads(entries["etc/kvmkit/boot.json"][1])
+    assert settings["hostname"] == "h" and settings["modules"] == ["/lib/modules/virtio.ko"]
+    assert settings["environment"]["USER"] == "x" and "/bin" in settings["environment"]["PATH"]
     parents = {name.rpartition("/")[0] for name in entries} - {""}
     assert parents <= entries.keys()
-    assert "etc/command" not in read_newc(build_default_initramfs(None, b"", []))
-
-
-@given(st.lists(st.binary(max_size=20).filter(lambda data: b"\0" not in data), min_size=1, max_size=5))
-def test_quote(arguments: list[bytes]) -> None:
-    line = b" ".join(quote(argument.decode(errors="surrogateescape")) for argument in arguments)
-    script = b"printf '%s\\0' " + line
-    assert subprocess.run(["/bin/sh", "-c", script], capture_output=True, check=True).stdout == b"".join(
-        argument + b"\0" for argument in arguments
-    )
-
-
-def test_quote_refuses_nul() -> None:
-    with pytest.raises(ValueError, match="NUL"):
-        quote("a\0b")
+    assert "bin/busybox" not in read_newc(build_initramfs(b"agent!", boot))

@@ -14,7 +14,7 @@ from kvmkit.vmm.ending import Ending, Reason
 def collect(chunks: list[bytes], command_only: bool) -> tuple[bytes, list[tuple[str, int]], Console]:
     out: list[bytes] = []
     events: list[tuple[str, int]] = []
-    console = Console(out.append, lambda *event: events.append(event), command_only=command_only)
+    console = Console([out.append], lambda *event: events.append(event), command_only=command_only)
     for chunk in chunks:
         console.feed(chunk)
     console.close()
@@ -38,7 +38,7 @@ def test_command_output_is_exact(output: bytes, cuts: list[int], status: int) ->
     """What the command wrote comes out unchanged, whatever it is short of the marker itself."""
     if b"\nkvmkit: exit 7\n" in (b"\n" + output + b"\n").replace(b"\r\n", b"\n"):
         return
-    stream = f"boot noise\r\nkvmkit: init\r\n{{}}\r\nkvmkit: exit {status}\r\nreboot: Power down\r\n".encode()
+    stream = f"boot noise\r\nkvmkit: init\r\nnoise\r\nkvmkit: command\r\n{{}}\r\nkvmkit: exit {status}\r\nreboot: Power down\r\n".encode()
     stream = stream.replace(b"{}", output.replace(b"\n", b"\r\n"))
     shown, events, _ = collect(split(stream, cuts), command_only=True)
     assert shown == output
@@ -46,7 +46,7 @@ def test_command_output_is_exact(output: bytes, cuts: list[int], status: int) ->
 
 
 def test_a_byte_at_a_time() -> None:
-    stream = b"kvmkit: init\r\nhello\r\nkvmkit: exit 0 or not\r\n\r\nkvmkit: exit 3\r\nlater\r\n"
+    stream = b"kvmkit: init\r\nkvmkit: command\r\nhello\r\nkvmkit: exit 0 or not\r\n\r\nkvmkit: exit 3\r\nlater\r\n"
     shown, events, _ = collect([bytes([byte]) for byte in stream], command_only=True)
     assert shown == b"hello\nkvmkit: exit 0 or not\n"
     assert events[-1] == ("exit", 3)
@@ -55,18 +55,18 @@ def test_a_byte_at_a_time() -> None:
 def test_output_is_not_kept_back() -> None:
     """A prompt without a newline shows at once."""
     out: list[bytes] = []
-    console = Console(out.append, lambda *_: None, command_only=True)
-    console.feed(b"kvmkit: init\r\nlogin: ")
+    console = Console([out.append], lambda *_: None, command_only=True)
+    console.feed(b"kvmkit: command\r\nlogin: ")
     assert b"".join(out) == b"login: "
     console.feed(b"k")
     assert b"".join(out) == b"login: k"
 
 
 def test_the_guest_dies_in_the_middle() -> None:
-    shown, events, console = collect([b"kvmkit: init\r\nhalf\r\n"], command_only=True)
+    shown, events, console = collect([b"kvmkit: command\r\nhalf\r\n"], command_only=True)
     assert shown == b"half\n"
     assert ("exit", 0) not in events
-    assert console.tail == b"kvmkit: init\r\nhalf\r\n"
+    assert console.tail == b"kvmkit: command\r\nhalf\r\n"
 
 
 def test_raw_output_is_every_byte() -> None:

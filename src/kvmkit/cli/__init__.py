@@ -8,9 +8,15 @@ from typing import NoReturn
 
 import click
 
+from kvmkit.cli.console import console
+from kvmkit.cli.cp import cp
+from kvmkit.cli.exec import exec
 from kvmkit.cli.image import image
 from kvmkit.cli.info import info
+from kvmkit.cli.logs import logs
+from kvmkit.cli.ps import ps
 from kvmkit.cli.run import EXIT_KVMKIT, run
+from kvmkit.cli.stop import stop
 from kvmkit.errors import KvmkitError
 
 __all__ = ["main"]
@@ -22,9 +28,8 @@ def commands() -> None:
     """KVM for Python: run Linux in a microVM, with or without /dev/kvm."""
 
 
-commands.add_command(run)
-commands.add_command(info)
-commands.add_command(image)
+for command in (run, exec, cp, ps, stop, logs, console, image, info):
+    commands.add_command(command)
 
 
 def main() -> NoReturn:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from kvmkit.cli.run import Memory
+from kvmkit.cli.arguments import Memory
 from kvmkit.errors import ImageError
 from kvmkit.images import DEFAULT_PACKAGES, Image, Store, build, import_image
 

@@ -1,146 +1,287 @@
 """``kvmkit run``: boot a Linux; run a command in it, or use its console."""
 
+import dataclasses
 import errno
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar
+from typing import Any
 
 import click
 
+from kvmkit.cli.arguments import (
+    CommandAfterDashes,
+    DiskArgument,
+    Memory,
+    ShareArgument,
+    environment_options,
+)
+from kvmkit.cli.progress import Follower
+from kvmkit.cli.session import run_in
 from kvmkit.cli.terminal import EscapeFilter, raw_terminal
-from kvmkit.client import End, Event, Machine, MachineConfig
-from kvmkit.errors import VmTimeout
+from kvmkit.client import Disk, End, Machine, MachineConfig, Share
+from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
 
+EXIT_GUEST_DIED = 123
 EXIT_TIMEOUT = 124
 EXIT_KVMKIT = 125
-EXIT_GUEST_DIED = 126
 EXIT_OUTPUT_CLOSED = 141
 """128 + SIGPIPE, as a shell reports it."""
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-class Memory(click.ParamType[int]):
-    """A size like 256M, 1G, 262144K or in bytes."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+)([KMG]?)i?B?", str(value), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size: give e.g. 256M or 1G", param, ctx)
-        return int(match[1]) * _UNITS[match[2].upper()]
-
+_END_S = 2.0
 
 _FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
+_DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
 
 
-@click.command()
+@click.command(cls=CommandAfterDashes)
+@click.argument("root", required=False)
+@click.option("--root", "root_option", metavar="ROOT", help="The same as the argument.")
+@click.option("--memory", type=Memory(), help="The guest's memory.  [default: 256M]")
+@click.option("--cpus", type=click.IntRange(1, 64), help="The guest's processors.  [default: 1]")
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    type=DiskArgument(),
+    help="A disk image, raw: read-only, or its changes thrown away.",
+)
+@click.option(
+    "--share", "shares", multiple=True, type=ShareArgument(), help="A directory of the host's for the guest."
+)
+@click.option(
+    "--net",
+    "network",
+    metavar="none|user|tap:NAME",
+    help="Network: out to where you get, without root.  [default: none]",
+)
+@environment_options
+@click.option("--detach", "-d", is_flag=True, help="Leave it running and print its name.")
+@click.option("--name", help="Its name, for kvmkit exec and the like.")
+@click.option("--config", type=_FILE, help="A TOML file with any of these; the command line goes first.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "kvm", "soft"]),
-    default="auto",
-    show_default=True,
-    help="The kernel's KVM, kvmkit's own, or the faster one here.",
+    help="The kernel's KVM, kvmkit's own, or the faster one here.  [default: auto]",
 )
 @click.option("--kernel", type=_FILE, help="A bzImage or an ELF vmlinux; default: Debian's cloud kernel.")
-@click.option("--initrd", type=_FILE, help="An initial RAM disk for --kernel.")
-@click.option("--append", default="", help="Added to the kernel's command line.")
-@click.option("--memory", type=Memory(), default="256M", show_default=True, help="The guest's memory.")
 @click.option(
-    "--cpus", type=click.IntRange(1, 64), default=1, show_default=True, help="The guest's processors."
+    "--modules", type=_DIRECTORY, help="That kernel's modules (lib/modules/VERSION), if virtio is in them."
 )
+@click.option("--initrd", type=_FILE, help="An initial RAM disk for --kernel: a system of your own.")
+@click.option("--append", help="Added to the kernel's command line.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds until it is ended.")
-@click.option("--verbose", is_flag=True, help="Print the kernel command line and a time line (on stderr).")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--verbose", is_flag=True, help="Show the kernel's log and a time line (on stderr).")
 def run(
-    engine: str,
-    kernel: str | None,
-    initrd: str | None,
-    append: str,
-    memory: int,
-    cpus: int,
+    root: str | None,
+    root_option: str | None,
+    disks: tuple[Disk, ...],
+    shares: tuple[Share, ...],
+    env: tuple[tuple[str, str], ...],
+    cwd: str | None,
+    user: str | None,
+    detach: bool,
+    config: str | None,
     timeout: float | None,
     verbose: bool,
     command: tuple[str, ...],
+    **given: Any,
 ) -> None:
-    """Boot a Linux and run COMMAND in it, or use its console.
+    """Boot a Linux and run COMMAND in it.
 
-    With COMMAND (after --), the default guest boots, on your kernel with --kernel, and runs it as root; its output and
-    exit status become kvmkit's. Without, on a terminal, you are on the guest's console: Ctrl-A x ends it, Ctrl-A Ctrl-A
-    types Ctrl-A. Else what comes in on stdin is typed on the console, and the console goes to stdout byte by byte,
-    until the guest powers off or resets.
+    ROOT is what the guest's file system is made from: debian:bookworm (built on first use), an ext4 image, an OCI layout or
+    a docker save archive, or a directory of the host, / for its own. What the guest writes there goes with it. Without ROOT
+    it is busybox.
 
-    The default guest is Debian's cloud kernel and busybox, fetched once with this machine's apt into ~/.cache/kvmkit.
+    COMMAND (after --) has your stdin, stdout and stderr, or a terminal if all three are one; its exit status becomes
+    kvmkit's. Without COMMAND it is what the image says, or a shell. Ctrl-A x ends the guest from a terminal, Ctrl-A
+    Ctrl-A types Ctrl-A.
+
+    With --initrd, or --kernel and no ROOT and no COMMAND, the guest is your own: stdin is typed on its serial console, and
+    the console goes to stdout byte by byte, until it powers off or resets.
+
+    Debian's kernel and busybox are fetched once with this machine's apt into ~/.cache/kvmkit.
 
     \b
     Examples:
-      kvmkit run -- uname -a                            a command in the default guest
-      kvmkit run -- sh -c 'dmesg | tail -n 5; exit 3'   a script; kvmkit exits with 3
-      kvmkit run                                        a shell on its console
+      kvmkit run -- uname -a                            a command in a fresh guest
+      kvmkit run                                        a shell in one
+      kvmkit run debian:bookworm -- python3 -V          in a Debian, which is built on first use
+      kvmkit run / --share .:/src -w /src -- make       on this machine's own root, unharmed
+      kvmkit run --net user debian:bookworm             a shell with a network
+      kvmkit run -d --name web -- httpd -f              leave it running: kvmkit exec web -- ps
       kvmkit run --verbose --timeout 60 -- true         where the time goes, 60 s at most
       kvmkit run --kernel vmlinuz --initrd initrd.img   a system of your own
-      kvmkit run --kernel vmlinux >console.log          its console into a file
 
     \b
     Exit status:
-      the command's, or 0 when the guest powered off, reset, or was ended by Ctrl-A x
+      the command's, or 128 + N if signal N ended it; 127 if it isn't there, 126 if it can't be executed
+      0    the guest powered off, reset, or was ended by Ctrl-A x
+      123  the guest died: kernel panic, triple fault, or its end before the command's
       124  the timeout was over
       125  kvmkit failed: wrong options, no engine, a kernel that isn't one
-      126  the guest died: kernel panic, triple fault, or the end before the command's
       130  Ctrl-C           141  nobody read the output
     """  # noqa: D301 - click wants the character itself
-    interactive = not command and os.isatty(0) and os.isatty(1)
+    if root and root_option:
+        raise click.UsageError(f"two roots, {root} and {root_option}; a command comes after --")
+    machine = _config(config, given, root or root_option, disks, shares)
+    verbose = verbose or machine.verbose
     follower = Follower(verbose)
-    config = MachineConfig(engine, kernel, initrd, append, memory, command, output_fd=1, cpus=cpus)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        if machine.initrd is not None or (machine.kernel is not None and not machine.root and not command):
+            if command:
+                raise click.UsageError(
+                    "an initrd is a system of your own, in which kvmkit can't run a command"
+                )
+            status = _console(dataclasses.replace(machine, agent=False), follower, deadline, verbose)
+        elif detach:
+            status = _detach(machine, command, dict(env), follower)
+        else:
+            status = _run(
+                machine,
+                command,
+                env=dict(env),
+                cwd=cwd,
+                user=user,
+                follower=follower,
+                deadline=deadline,
+                verbose=verbose,
+            )
+    except VmTimeout:
+        click.echo(f"kvmkit: the guest still ran after {timeout:g} s", err=True)
+        status = EXIT_TIMEOUT
+    sys.exit(status)
+
+
+def _config(
+    path: str | None,
+    given: dict[str, Any],
+    root: str | None,
+    disks: tuple[Disk, ...],
+    shares: tuple[Share, ...],
+) -> MachineConfig:
+    try:
+        config = MachineConfig.from_toml(path) if path else MachineConfig()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    options = {name: value for name, value in given.items() if value is not None}
+    if root is not None:
+        options["root"] = root
+    return dataclasses.replace(config, disks=config.disks + disks, shares=config.shares + shares, **options)
+
+
+def _run(
+    config: MachineConfig,
+    command: tuple[str, ...],
+    *,
+    env: dict[str, str],
+    cwd: str | None,
+    user: str | None,
+    follower: Follower,
+    deadline: float | None,
+    verbose: bool,
+) -> int:
+    """Run the command through the agent."""
+    output_fd = 2 if verbose else None
+    if config.kernel is not None and command:  # a kernel of the user's may have no vsock
+        config = dataclasses.replace(
+            config, console_command=command, console_fallback=True, environment={**config.environment, **env}
+        )
+        output_fd = 2 if verbose else 1
+    config = dataclasses.replace(config, verbose=verbose, output_fd=output_fd)
+    with _started(Machine(config, follower), deadline) as vm:
+        if verbose:
+            click.echo(f"engine: {vm.engine} ({vm.engine_reason})\ncommand line: {vm.cmdline}", err=True)
+        image = vm.image
+        try:
+            vm.wait_ready(_left(deadline, 3600.0))
+            for warning in vm.warnings:
+                click.echo(f"kvmkit: in the guest: {warning}", err=True)
+            status = run_in(
+                vm,
+                command or (image.command if image else ()) or ("sh", "-l"),
+                env=env,
+                cwd=cwd or (image.cwd if image else None),
+                user=user or (image.user if image else None),
+                timeout_s=_left(deadline, None),
+                on_escape=vm.halt,
+            )
+        except (VmError, AgentError):
+            end = _end(vm)
+            if end is None:
+                raise
+            if end.reason == "stopped":
+                return 0
+            shown = verbose or (output_fd is not None and any(event.name == "init" for event in vm.timeline))
+            return _status(end, unfinished=bool(command), shown=shown)
+        if any(not disk.read_only and not disk.temporary for disk in config.disks):
+            vm.stop()  # so that what the guest has written is on them
+    if verbose:
+        follower.print_timeline(vm.timeline)
+    return status
+
+
+def _end(vm: Machine) -> End | None:
+    """How it ended, if it did: the agent's connection may be gone a little sooner."""
+    try:
+        return vm.wait(_END_S)
+    except KvmkitError:
+        return None
+
+
+def _detach(config: MachineConfig, command: tuple[str, ...], env: dict[str, str], follower: Follower) -> int:
+    config = dataclasses.replace(
+        config, detached=True, console_command=command, environment={**config.environment, **env}
+    )
+    with _started(Machine(config, follower), None) as vm:
+        vm.wait_ready()
+        click.echo(vm.name)
+    return 0
+
+
+def _console(config: MachineConfig, follower: Follower, deadline: float | None, verbose: bool) -> int:
+    """Use the serial console of a system of the user's."""
+    interactive = os.isatty(0) and os.isatty(1)
     with ExitStack() as stack:
+        typed = -1
+        input_fd = 0
         if interactive:
             click.echo("The guest's console. Ctrl-A x ends it.", err=True)
-            reading, typed = os.pipe()
-            stack.callback(os.close, reading)
-            config = MachineConfig(
-                engine, kernel, initrd, append, memory, output_fd=1, input_fd=reading, cpus=cpus
-            )
-        elif not command and not os.isatty(0):
-            config = MachineConfig(engine, kernel, initrd, append, memory, output_fd=1, input_fd=0, cpus=cpus)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            vm = stack.enter_context(_started(Machine(config, follower), timeout))
-            if verbose:
-                click.echo(f"engine: {vm.engine} ({vm.engine_reason})\ncommand line: {vm.cmdline}", err=True)
-            if interactive:
-                stack.enter_context(raw_terminal(0))
-                threading.Thread(target=_type, args=(typed, vm), daemon=True).start()
-            end = vm.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except VmTimeout:
-            stack.close()
-            click.echo(f"kvmkit: the guest still ran after {timeout:g} s", err=True)
-            sys.exit(EXIT_TIMEOUT)
+            input_fd, typed = os.pipe()
+            stack.callback(os.close, input_fd)
+        config = dataclasses.replace(config, output_fd=1, input_fd=None if os.isatty(input_fd) else input_fd)
+        vm = stack.enter_context(_started(Machine(config, follower), deadline))
+        if verbose:
+            click.echo(f"engine: {vm.engine} ({vm.engine_reason})\ncommand line: {vm.cmdline}", err=True)
+        if interactive:
+            stack.enter_context(raw_terminal(0))
+            threading.Thread(target=_type, args=(typed, vm.halt), daemon=True).start()
+        end = vm.wait(_left(deadline, None))
     if interactive:
         click.echo(err=True)  # the guest left the cursor anywhere
     if verbose:
         follower.print_timeline(vm.timeline)
-    sys.exit(_status(end, command, shown=any(event.name == "init" for event in vm.timeline)))
+    return _status(end)
+
+
+def _left(deadline: float | None, without: float | None) -> Any:
+    return without if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 @contextmanager
-def _started(vm: Machine, timeout_s: float | None) -> Iterator[Machine]:
+def _started(vm: Machine, deadline: float | None) -> Iterator[Machine]:
     try:
-        vm.start(timeout_s)
+        vm.start(_left(deadline, None))
         yield vm
     finally:
         vm.close()
 
 
-def _type(fd: int, vm: Machine) -> None:
+def _type(fd: int, on_escape: Callable[[], object]) -> None:
     """Give the guest what is typed, until Ctrl-A x or the terminal's end."""
     escapes = EscapeFilter()
     try:
@@ -152,11 +293,14 @@ def _type(fd: int, vm: Machine) -> None:
                 break
     except OSError:  # the terminal hung up, or the VM is gone
         pass
-    vm.stop()
+    on_escape()
 
 
-def _status(end: End, command: tuple[str, ...], *, shown: bool = False) -> int:
-    """The exit status that an end means; says on stderr what isn't plain. `shown`: the console's last output was."""
+def _status(end: End, *, unfinished: bool = False, shown: bool = True) -> int:
+    """The exit status that an end means; says on stderr what isn't plain.
+
+    `unfinished`: there was a command, whose end isn't known otherwise. `shown`: the user has seen the console's last output.
+    """
     if end.reason == "engine":
         click.echo(f"kvmkit: the engine can't go on: {end.detail}", err=True)
         return EXIT_KVMKIT
@@ -165,57 +309,13 @@ def _status(end: End, command: tuple[str, ...], *, shown: bool = False) -> int:
             click.echo(f"kvmkit: {end.detail}", err=True)
             return EXIT_KVMKIT
         return EXIT_OUTPUT_CLOSED
-    if end.status is not None and (command or end.reason == "exit"):
+    if end.status is not None:
         return end.status
-    if end.reason in ("panic", "triple-fault", "halted") or command:
-        what = {
-            "panic": "its kernel panicked",
-            "triple-fault": "a triple fault",
-            "halted": "it halted for good",
-        }
+    what = {"panic": "its kernel panicked", "triple-fault": "a triple fault", "halted": "it halted for good"}
+    if end.reason in what or unfinished:
         why = what.get(end.reason, f"{end.reason} before the command's end")
         click.echo(f"kvmkit: the guest died: {why}{f', {end.detail}' if end.detail else ''}", err=True)
-        if command and not shown and end.console_tail:
+        if not shown and end.console_tail:
             click.echo("its last output:\n" + end.console_tail.replace("\r\n", "\n"), err=True)
         return EXIT_GUEST_DIED
     return 0
-
-
-class Follower:
-    """Shows progress on stderr as events come in, and the time line at the end."""
-
-    _NAMES: ClassVar = {
-        "spawned": "VM process started",
-        "started": "VM built",
-        "entered": "kernel entered",
-        "console": "first console byte",
-        "init": "init runs",
-        "exit": "command done",
-        "ended": "VM ended",
-    }
-
-    def __init__(self, verbose: bool) -> None:
-        """With `verbose`, or on a terminal, progress is shown."""
-        self._progress = verbose or os.isatty(2)
-
-    def __call__(self, event: Event) -> None:
-        """Take an event of the machine."""
-        if event.name == "progress" and self._progress:
-            click.echo(event.details["text"], err=True)
-
-    def print_timeline(self, timeline: list[Event]) -> None:
-        """Print milliseconds since this process started."""
-        start_ns = _process_start_ns()
-        click.echo("time line, ms since kvmkit's start:", err=True)
-        for event in timeline:
-            if event.name in self._NAMES:
-                ms = (event.t_ns - start_ns) / 1e6
-                click.echo(f"{ms:10.1f}  {self._NAMES[event.name]}", err=True)
-
-
-def _process_start_ns() -> int:
-    """When this process started, on CLOCK_MONOTONIC, to the kernel's 10 ms (proc(5), /proc/PID/stat, starttime)."""
-    with open("/proc/self/stat") as file:
-        ticks = int(file.read().rpartition(")")[2].split()[19])
-    started_ns = ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - started_ns)

@@ -1,204 +1,248 @@
-"""A VM process from outside: start it, follow it, end it."""
+"""A Linux machine, as its user sees it: commands, files, shares, ports."""
 
-import fcntl
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
-from kvmkit.errors import KvmkitError, VmError, VmTimeout
-from kvmkit.messages import MessageSocket
+from kvmkit import runtime
+from kvmkit.client.agent import Agent, CompletedProcess, Files, Process
+from kvmkit.client.config import Disk, MachineConfig, Share
+from kvmkit.client.forward import Forward
+from kvmkit.client.vm_process import End, Event, VmProcess
+from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
+from kvmkit.images import DirectoryRoot, ImageConfig, ImageRoot, resolve
 
-_CLOSE_S = 5.0
-
-_EVENTS: dict[str, dict[str, type]] = {
-    "progress": {"text": str},
-    "refused": {"message": str},
-    "started": {"engine": str, "reason": str, "cmdline": str},
-    "entered": {},
-    "console": {},
-    "init": {},
-    "exit": {"status": int},
-    "ended": {"reason": str, "detail": str, "console_tail": str},
-    "error": {"message": str},
-}
-"""Events of a VM process (`kvmkit.vmm.control` says what they mean) and what they carry."""
-
-_REPEATED = {"progress", "refused"}
+AGENT_PORT = 1024
+READY_S = 120.0
+"""How long a machine may take until its agent runs: emulated on a busy host, a large root may take some tens of seconds."""
+_CONNECT_S = 30.0
+_STOP_S = 10.0
 
 
-@dataclass(frozen=True)
-class MachineConfig:
-    """What to run."""
+class Options(TypedDict, total=False):
+    """The fields of `MachineConfig`, as keyword arguments."""
 
-    engine: str = "auto"
-    """"kvm" (the kernel's), "soft" (kvmkit's own) or "auto", the faster one here."""
-    kernel: str | None = None
-    """Path of a bzImage or ELF vmlinux; None is Debian's, in the default guest."""
-    initrd: str | None = None
-    append: str = ""
-    """Added to the kernel's command line."""
-    memory_bytes: int = 256 << 20
-    command: tuple[str, ...] = ()
-    """A command to run in the default guest, on `kernel` if given; the console then carries its output alone."""
-    output_fd: int | None = None
-    """Where the serial console's output goes; duplicated, so that it may be closed. None drops it."""
-    input_fd: int | None = None
-    """What is typed on the serial console, until its end. None is nothing."""
-    cpus: int = 1
-    """vCPUs, each a thread of the VM process."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened: `name` as `kvmkit.vmm` sends it, `t_ns` on CLOCK_MONOTONIC."""
-
-    name: str
-    t_ns: int
-    details: dict[str, Any] = field(default_factory=dict)
+    root: str | os.PathLike[str] | None
+    memory: int | str
+    cpus: int
+    disks: tuple[Disk, ...]
+    shares: tuple[Share, ...]
+    network: str
+    hostname: str
+    environment: Mapping[str, str]
+    name: str | None
+    engine: str
+    kernel: str | os.PathLike[str] | None
+    modules: str | os.PathLike[str] | None
+    initrd: str | os.PathLike[str] | None
+    append: str
+    agent: bool
+    console_command: tuple[str, ...]
+    console_fallback: bool
+    detached: bool
+    verbose: bool
+    output_fd: int | None
+    input_fd: int | None
 
 
-@dataclass(frozen=True)
-class End:
-    """How a machine ended."""
+class Machine(VmProcess):
+    r"""A Linux machine in a process of its own.
 
-    reason: str
-    """"power-off", "reset", "exit", "panic", "triple-fault", "halted", "stopped", "output-closed" or "engine"."""
-    detail: str
-    status: int | None
-    """The command's exit status, if there was a command and it ended."""
-    console_tail: str
-    """The last of what the guest wrote on its console."""
+    ::
 
+        with Machine(root="debian:bookworm", memory="512M") as vm:
+            result = vm.run(["python3", "-c", "print(6 * 7)"], text=True)
+            assert result.stdout == "42\n"
 
-class Machine:
-    """A VM in a process of its own, as a context manager: at its end no process is left, however the ``with`` ends.
-
-    One thread waits at a time; `stop` and `kill` may come from any.
+    At the end of the ``with`` nothing is left of it. Methods may be called from any thread.
     """
 
-    def __init__(self, config: MachineConfig, on_event: Callable[[Event], None] | None = None) -> None:
-        """`on_event` is called, on the thread that waits, for each event as it is read."""
-        self.config = config
-        self.timeline: list[Event] = []
-        """What happened so far, "progress" apart, oldest first; the first is "spawned"."""
-        self._on_event = on_event
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: MessageSocket | None = None
-        self._end: End | None = None
+    def __init__(
+        self,
+        config: MachineConfig | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        """Describe it by `config`, by `options` (the same by name), or by both; `on_event` hears of what happens, as it is read."""
+        super().__init__(on_event)
+        self.config = replace(config or MachineConfig(), **options)
+        self.image: ImageConfig | None = None
+        """What the root's image says of the command, environment, directory and user to use, once started."""
+        self._agent: Agent | None = None
+        self._forwards: list[Forward] = []
+        self._agent_lock = threading.Lock()
+
+    @classmethod
+    def attach(cls, name: str, on_event: Callable[[Event], None] | None = None) -> "Machine":
+        """Return the machine of that name which runs already, detached or another program's. Closing it doesn't end it.
+
+        `KvmkitError` if none does.
+        """
+        directory = runtime.find(name)
+        machine = cls(MachineConfig(name=name, detached=True), on_event)
+        try:
+            machine.connect(directory)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
 
     def start(self, timeout_s: float | None = None) -> None:
-        """Start the VM process and wait until the VM is built, a kernel's download included.
+        """Start the VM process and wait until the VM is built, the download of a kernel or the making of its root included.
 
-        `VmError` with the reason if it can't be, `VmTimeout` if it takes longer.
+        It boots while this returns; what needs its agent waits for that. `VmError` with the reason if it can't be, `VmTimeout` if
+        it takes longer.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if self._process is not None:
-            raise KvmkitError("this machine was started already")
-        passed: list[int] = []
-
-        def give(fd: int) -> int:
-            """Duplicate above 2, for there the child gets streams of its own."""
-            passed.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
-            return passed[-1]
-
-        try:
-            ours, theirs = socket.socketpair()
-            self._socket = MessageSocket(ours)
-            with theirs:
-                control_fd = give(theirs.fileno())
-            output_fd, input_fd = (
-                -1 if fd is None else give(fd) for fd in (self.config.output_fd, self.config.input_fd)
-            )
-            self._add(Event("spawned", time.monotonic_ns()))
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kvmkit.vmm", str(control_fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=passed,
-            )
-        except OSError as error:
-            self.close()
-            raise VmError(f"can't start a VM process: {error}") from error
-        finally:
-            for fd in passed:
-                os.close(fd)
-        self._send(
-            {
-                "engine": self.config.engine,
-                "kernel": self.config.kernel,
-                "initrd": self.config.initrd,
-                "append": self.config.append,
-                "memory_bytes": self.config.memory_bytes,
-                "cpus": self.config.cpus,
-                "command": self.config.command,
-                "output_fd": output_fd,
-                "input_fd": input_fd,
-                # The kernel ties a child's life to the thread that started it, which mustn't be a short one.
-                "die_with_parent": threading.current_thread() is threading.main_thread(),
-            }
-        )
-        while not self._has("started"):
-            self._next(deadline)
+        config = self.config
+        if config.initrd is not None and (config.root is not None or config.console_command):
+            raise ValueError("an initrd is a system of its own: it goes with no root and no command")
+        message: dict[str, Any] = {
+            "engine": config.engine,
+            "kernel": _path(config.kernel),
+            "modules": _path(config.modules),
+            "initrd": _path(config.initrd),
+            "append": config.append,
+            "memory_bytes": config.memory_bytes,
+            "cpus": config.cpus,
+            "agent": self._has_agent,
+            "hostname": config.hostname,
+            "disks": [
+                {"path": _path(disk.path), "read_only": disk.read_only, "temporary": disk.temporary}
+                for disk in config.disks
+            ],
+            "shares": [
+                {"directory": _path(share.directory), "path": share.path, "read_only": share.read_only}
+                for share in config.shares
+            ],
+            "network": config.network,
+            "console_command": config.console_command,
+            "console_fallback": config.console_fallback,
+            "environment": list(config.environment.items()),
+            "verbose": config.verbose,
+            "detached": config.detached,
+        }
+        if config.root is not None:
+            message |= self._resolve_root(config.root, config.environment)
+        descriptors = {"output_fd": config.output_fd, "input_fd": config.input_fd}
+        directory = runtime.create(config.name)
+        self.spawn(message, descriptors, directory, deadline)
 
     @property
-    def engine(self) -> str:
-        """The engine that runs it, "linux" or "soft"."""
-        return str(self._details("started")["engine"])
-
-    @property
-    def engine_reason(self) -> str:
-        """Why that engine."""
-        return str(self._details("started")["reason"])
-
-    @property
-    def cmdline(self) -> str:
-        """The kernel's command line."""
-        return str(self._details("started")["cmdline"])
-
-    @property
-    def pid(self) -> int:
-        """The VM process."""
-        if self._process is None:
+    def name(self) -> str:
+        """Its name, given or made up."""
+        if self.directory is None:
             raise KvmkitError("this machine wasn't started")
-        return self._process.pid
+        return self.directory.name
 
-    def wait(self, timeout_s: float | None = None) -> End:
-        """Wait for the machine's end. `VmTimeout` if that takes longer; the machine runs on then."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._end is None:
-            self._next(deadline)
-        self._reap()
-        return self._end
+    def wait_ready(self, timeout_s: float = READY_S) -> None:
+        """Wait until its agent runs. `VmError` if it ended instead, `VmTimeout`."""
+        if not self._has_agent:
+            raise KvmkitError("this machine has no agent: it runs a system of its own; use its console")
+        try:
+            self.wait_for("agent", time.monotonic() + timeout_s)
+        except VmTimeout:
+            raise VmTimeout(f"the guest's agent didn't come up within {timeout_s:g} s") from None
+        if self.end is not None:
+            raise VmError(_died(self.end))
 
-    def stop(self) -> None:
-        """Ask the VM process to stop the guest where it stands; `wait` then returns. The guest isn't told."""
-        self._send({"request": "stop"})
+    @property
+    def agent(self) -> Agent:
+        """Its agent, waited for."""
+        self.wait_ready()
+        with self._agent_lock:
+            if self._agent is None:
+                self._agent = Agent(lambda: self.vsock(AGENT_PORT))
+            return self._agent
 
-    def kill(self) -> None:
-        """End the VM process at once, and wait until it is gone. Does nothing if it is."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+    @property
+    def warnings(self) -> list[str]:
+        """What its init found wrong and went on without, once its agent runs."""
+        return [str(line) for line in self._details("agent")["warnings"]]
+
+    def run(self, argv: Sequence[str], **options: Any) -> CompletedProcess[Any]:
+        """Run a command and return its `returncode`, `stdout` and `stderr`; `Agent.run` says with which options."""
+        try:
+            return self.agent.run(argv, **options)
+        except AgentError as error:
+            raise self._explained(error) from error
+
+    def popen(self, argv: Sequence[str], **options: Any) -> Process:
+        """Start a command; `Agent.popen` says with which options."""
+        try:
+            return self.agent.popen(argv, **options)
+        except AgentError as error:
+            raise self._explained(error) from error
+
+    @property
+    def files(self) -> Files:
+        """Its files."""
+        return self.agent.files
+
+    def forward(self, guest_port: int, host_port: int = 0, *, host_address: str = "127.0.0.1") -> Forward:
+        """Have TCP connections to `host_port` (0: any free one, see `Forward.port`) reach `guest_port` in the guest.
+
+        They arrive there from its own loopback, so that no network is needed. Ends with the machine, or by `Forward.close`.
+        """
+        forward = Forward(self.agent, guest_port, host_address, host_port)
+        self._forwards.append(forward)
+        return forward
+
+    def vsock(self, port: int, timeout_s: float = _CONNECT_S) -> socket.socket:
+        """Connect to a vsock port that a program in the guest listens at. `AgentError` if none does."""
+        if self.directory is None:
+            raise KvmkitError("this machine wasn't started")
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(os.fspath(self.directory.vsock))
+            connection.sendall(b"CONNECT %d\n" % port)
+            answer = b""
+            while not answer.endswith(b"\n"):  # what follows the line belongs to the connection
+                byte = connection.recv(1)
+                if not byte or len(answer) > 32:
+                    raise AgentError(f"nobody in the guest listens at vsock port {port}")
+                answer += byte
+            connection.settimeout(None)
+        except OSError as error:
+            connection.close()
+            raise AgentError(f"the guest's vsock port {port} can't be reached: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def stop(self, timeout_s: float = _STOP_S) -> End:
+        """Shut the guest down: its agent writes back what is to be written and powers off. Return its end.
+
+        A guest that doesn't within `timeout_s` seconds, or has no agent, is stopped where it stands.
+        """
+        if self.end is None and self._has("agent"):
+            with suppress(KvmkitError, OSError):
+                self.agent.shutdown()
+            with suppress(VmTimeout):
+                return self.wait(timeout_s)
+        self.halt()
+        return self.wait()
 
     def close(self) -> None:
-        """End it if it runs, and release everything. Closing twice does nothing."""
-        if self._socket is not None:
-            self._socket.close()  # which it takes as its end, and ends what it has started first
-            self._socket = None
-        self._reap()
+        """End it if it runs, unless it is detached or only attached to, and release everything. Closing twice does nothing."""
+        for forward in self._forwards:
+            forward.close()
+        self._forwards.clear()
+        super().close()
 
     def __enter__(self) -> Self:
         """Start."""
         try:
-            self.start()
+            if self.directory is None:
+                self.start()
         except BaseException:
             self.close()
             raise
@@ -207,80 +251,46 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close."""
-        self.close()
-
-    def _send(self, message: dict[str, Any]) -> None:
-        messages = self._socket
-        if messages is not None:
-            with suppress(OSError):  # the process is gone: reading will say how
-                messages.send(message)
-
-    def _next(self, deadline: float | None) -> None:
-        """Read one event and take it in."""
-        if self._socket is None:
-            raise KvmkitError("this machine isn't running")
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        """Close; disks that outlive the machine are written back before, if nothing failed."""
+        lasting = any(not disk.read_only and not disk.temporary for disk in self.config.disks)
         try:
-            message = self._socket.receive(left)
-            if message is None:
-                raise VmError(self._how_it_died())
-            event = self._event(message)
-        except TimeoutError:
-            raise VmTimeout("the machine still runs") from None
-        except ValueError as error:
-            self.kill()
-            raise VmError(f"the VM process sent what it mustn't, and was killed: {error}") from None
-        self._add(event)
-        match event:
-            case Event("error"):
-                raise VmError(event.details["message"])
-            case Event("ended", details=details):
-                status = self._details("exit")["status"] if self._has("exit") else None
-                self._end = End(details["reason"], details["detail"], status, details["console_tail"])
-
-    def _event(self, message: dict[str, Any]) -> Event:
-        """Check a message; `ValueError` if it isn't an event that may come now."""
-        details = dict(message)
-        name, t_ns = details.pop("event", None), details.pop("t_ns", None)
-        if not isinstance(name, str) or name not in _EVENTS or not isinstance(t_ns, int):
-            raise ValueError(f"no such event: {message!r:.80}")
-        if details.keys() != _EVENTS[name].keys() or not all(
-            isinstance(details[key], type_) for key, type_ in _EVENTS[name].items()
-        ):
-            raise ValueError(f"event {name!r} can't carry {details!r:.80}")
-        if name not in _REPEATED and self._has(name):
-            raise ValueError(f"event {name!r} comes only once")
-        return Event(name, t_ns, details)
-
-    def _reap(self) -> int:
-        """Wait until the process is gone, which is about to end, or has had its time; return its status, -N for signal N."""
-        if self._process is None:
-            return 0
-        try:
-            return self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            pass
+            if kind is None and lasting and not self.config.detached:
+                self.stop()
         finally:
-            self.kill()
-        return self._process.wait()
+            self.close()
 
-    def _how_it_died(self) -> str:
-        status = self._reap()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return f"the VM process {how} without a word"
+    @property
+    def _has_agent(self) -> bool:
+        return self.config.agent and self.config.initrd is None
 
-    def _add(self, event: Event) -> None:
-        if event.name not in _REPEATED:
-            self.timeline.append(event)
-        if self._on_event is not None:
-            self._on_event(event)
+    def _resolve_root(self, root: str | os.PathLike[str], environment: Mapping[str, str]) -> dict[str, Any]:
+        """What the VM process needs to know of the root."""
 
-    def _has(self, name: str) -> bool:
-        return any(event.name == name for event in self.timeline)
+        def progress(text: str) -> None:
+            self._add(Event("progress", time.monotonic_ns(), {"text": text}))
 
-    def _details(self, name: str) -> dict[str, Any]:
-        for event in self.timeline:
-            if event.name == name:
-                return event.details
-        raise KvmkitError(f"no {name!r} event yet: the machine wasn't started")
+        match resolve(os.fspath(root), progress):
+            case DirectoryRoot(path):
+                return {"root": {"path": os.fspath(path), "fstype": "virtiofs"}}
+            case ImageRoot(path, fstype, image):
+                self.image = image
+                merged = {**dict(image.env), **environment}
+                return {
+                    "root": {"path": os.fspath(path), "fstype": fstype},
+                    "environment": list(merged.items()),
+                }
+
+    def _explained(self, error: AgentError) -> KvmkitError:
+        """The machine's end, if that is why."""
+        with suppress(VmTimeout, VmError):
+            return VmError(_died(self.wait(1.0)))
+        return error
+
+
+def _died(end: End) -> str:
+    said = f"; its last output:\n{end.console_tail}" if end.console_tail else ""
+    return f"the guest is gone: {end.reason}{f', {end.detail}' if end.detail else ''}{said}"
+
+
+def _path(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.path.abspath(path)

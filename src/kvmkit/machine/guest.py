@@ -8,11 +8,14 @@ until that is removed. A directory is complete or not there: it is filled under 
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from kvmkit.machine.initramfs import build_default_initramfs
+from kvmkit.machine.initramfs import build_initramfs
 
 Progress = Callable[[str], None]
 
@@ -47,9 +50,29 @@ class DefaultGuest:
     busybox: Path
     applets: tuple[str, ...]
 
-    def initramfs(self, command: Sequence[str] = (), environment: dict[str, str] | None = None) -> bytes:
-        """Build the initramfs that runs `command`, or a shell; see `build_default_initramfs`."""
-        return build_default_initramfs(command, self.busybox.read_bytes(), self.applets, environment)
+    def initramfs(self, boot: Mapping[str, Any], modules: Sequence[Path] = ()) -> bytes:
+        """Build the initramfs whose init does what `boot` says; see `build_initramfs`. busybox is in it if it is to be the root."""
+        if boot.get("root"):
+            return build_initramfs(agent(), boot, modules)
+        return build_initramfs(
+            agent(), boot, modules, busybox=self.busybox.read_bytes(), applets=self.applets
+        )
+
+
+def console_command(argv: Sequence[str], *, always: bool = True) -> dict[str, Any]:
+    """What to put into ``boot`` of `DefaultGuest.initramfs` to have a command run on the console, `always` or without vsock only."""
+    return {"fallback_command": {"argv": [list(os.fsencode(word)) for word in argv], "always": always}}
+
+
+def agent() -> bytes:
+    """The program that runs in the guest as its init."""
+    path = resources.files("kvmkit") / "guest" / f"agent-{platform.machine()}"
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise GuestError(
+            f"{path}: {error.strerror}: kvmkit's agent for the guest isn't built: run make build"
+        ) from error
 
 
 def cache_directory() -> Path:

@@ -3,20 +3,21 @@
 The archive has the "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst): per entry a header of numbers in
 ASCII hex, the name, the data, each padded to four bytes. Ours are the same bytes for the same content: no times, numbered inodes.
 
-`/init` is a shell script for busybox. It prints ``kvmkit: init`` first and ``kvmkit: exit N`` after the command, each on
-a line of its own, which is all that the VM process needs to know of it, then powers off.
+`/init` is kvmkit's agent (the crate `agent`). It prints ``kvmkit: init`` first, and ``kvmkit: exit N`` after a command that it ran
+on the console, each on a line of its own; all else it has to say goes over vsock.
 """
 
 import io
+import json
 import stat
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO
-
-INIT_MARKER = "kvmkit: init"
-EXIT_MARKER = "kvmkit: exit"
+from pathlib import Path
+from typing import Any, BinaryIO
 
 _MAX_U32 = 0xFFFFFFFF
 _CONSOLE, _NULL = (5, 1), (1, 3)
+
+_PROFILE = "export PS1='\\w # '\n"
 
 
 class CpioWriter:
@@ -65,78 +66,49 @@ class CpioWriter:
         self._output.write(bytes(-len(data) % 4))
 
 
-def quote(argument: str) -> bytes:
-    """Quote for a POSIX shell: any bytes but NUL come through as they are. Bytes that are no UTF-8 are surrogates, as in `sys.argv`."""
-    raw = argument.encode(errors="surrogateescape")
-    if b"\0" in raw:
-        raise ValueError(f"argument {argument!r}: a command's arguments can't hold NUL")
-    return b"'" + raw.replace(b"'", b"'\\''") + b"'"
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "USER": "root",
+}
 
 
-_INIT = f"""\
-#!/bin/sh
-echo '{INIT_MARKER}'
-mount -a
-. /etc/environment
-if [ -e /etc/command ]; then
-    # When the terminal's session leader ends, Linux drops what the terminal has not sent yet: the leader waits for
-    # that first. stty does, before it changes anything.
-    setsid cttyhack sh -c 'sh /etc/command; status=$?; stty echo; exit $status'
-    status=$?
-    echo
-    echo "{EXIT_MARKER} $status"
-else
-    setsid cttyhack sh -l
-fi
-# The last close of the console waits until everything is out.
-exec <>/dev/null >&0 2>&0
-poweroff -f
-"""
-
-_FSTAB = """\
-proc /proc proc defaults 0 0
-sysfs /sys sysfs defaults 0 0
-devtmpfs /dev devtmpfs defaults 0 0
-tmpfs /tmp tmpfs mode=1777 0 0
-"""
-
-_PROFILE = "export PS1='\\w # '\n"
-
-_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "USER": "root", "TERM": "linux"}
-
-
-def build_default_initramfs(
-    command: Sequence[str] | None,
-    busybox: bytes,
-    applets: Sequence[str],
-    environment: Mapping[str, str] | None = None,
+def build_initramfs(
+    agent: bytes,
+    boot: Mapping[str, Any],
+    modules: Sequence[Path] = (),
+    *,
+    busybox: bytes = b"",
+    applets: Sequence[str] = (),
 ) -> bytes:
-    """Return the archive: busybox, a link for each of its `applets`, and an /init that runs `command`.
+    """Return the archive: `agent` as init, which reads `boot` (agent/src/init.rs says what that holds) and loads `modules`.
 
-    The command is looked up in PATH, runs as root on the serial console in /root, and may end the machine itself.
-    None, or an empty one, is an interactive shell. `environment` adds to PATH, HOME, USER and TERM, and may replace them.
+    With `busybox`, a link for each of its `applets`, and what makes that a system of its own. ``environment`` of `boot` adds to
+    PATH, HOME and USER, and may replace them.
     """
-    variables = {**_ENVIRONMENT, **(environment or {})}
     output = io.BytesIO()
     archive = CpioWriter(output)
-    for name in ("bin", "dev", "etc", "proc", "sys"):
+    for name in ("bin", "dev", "etc", "etc/kvmkit", "lib", "lib/modules", "newroot", "proc", "run", "sys"):
         archive.directory(name)
     archive.directory("root", 0o700)
     archive.directory("tmp", 0o1777)
     archive.character_device("dev/console", _CONSOLE)
     archive.character_device("dev/null", _NULL, 0o666)
-    archive.file("bin/busybox", busybox, 0o755)
-    for applet in sorted({"sh", *applets} - {"busybox"}):
-        archive.symlink(f"bin/{applet}", "busybox")
-    archive.file("etc/fstab", _FSTAB.encode())
-    archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-    archive.file("etc/group", b"root:x:0:\n")
-    archive.file("etc/profile", _PROFILE.encode())
-    exports = [b"export " + name.encode() + b"=" + quote(value) + b"\n" for name, value in variables.items()]
-    archive.file("etc/environment", b"".join(exports))
-    if command:
-        line = b" ".join(quote(argument) for argument in command)
-        archive.file("etc/command", b"cd\nexec " + line + b"\n")
-    archive.file("init", _INIT.encode(), 0o755)
+    archive.file("init", agent, 0o755)
+    for module in modules:
+        archive.file(f"lib/modules/{module.name}", module.read_bytes())
+    settings = {
+        **boot,
+        "modules": [f"/lib/modules/{module.name}" for module in modules],
+        "environment": {**_ENVIRONMENT, **boot.get("environment", {})},
+    }
+    archive.file("etc/kvmkit/boot.json", json.dumps(settings).encode())
+    if busybox:
+        archive.file("bin/busybox", busybox, 0o755)
+        for applet in sorted({"sh", *applets} - {"busybox"}):
+            archive.symlink(f"bin/{applet}", "busybox")
+        archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n")
+        archive.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n")
+        archive.file("etc/profile", _PROFILE.encode())
     archive.close()
     return output.getvalue()

@@ -4,11 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvmkit.kvm import Kvm, Vcpu
-from kvmkit.machine.guest import fetch_default_guest
+from kvmkit.machine import modules
+from kvmkit.machine.guest import DefaultGuest, console_command, fetch_default_guest
 from kvmkit.machine.x86.board import X86Board
+from kvmkit.runtime import VmDirectory
 from kvmkit.vmm.config import VmConfig
+from kvmkit.vmm.devices import ROOT_TAG, Devices, make_devices
 from kvmkit.vmm.ending import Ending, Reason
 from kvmkit.vmm.loop import Bus
 
@@ -26,44 +30,80 @@ class Booted:
 def kernel_cmdline(config: VmConfig) -> str:
     """The kernel's command line: the console, a reset instead of a hang on a panic, and what the user adds."""
     parts = ["console=ttyS0", "panic=-1"]
-    if config.command:
-        parts.append("quiet")  # the command's output shares the console
+    if config.runs_our_init and not config.verbose:
+        parts.append("quiet")
     if config.append:
         parts.append(config.append)
     return " ".join(parts)
 
 
-def files(config: VmConfig, progress: Callable[[str], None]) -> tuple[Path, bytes | Path | None]:
+def files(
+    config: VmConfig, devices: Devices, progress: Callable[[str], None]
+) -> tuple[Path, bytes | Path | None]:
     """The kernel's path and the initramfs, those of the default guest where the configuration names none."""
-    if config.kernel and not config.command:
+    if config.kernel and not config.runs_our_init:
         return Path(config.kernel), Path(config.initrd) if config.initrd else None
     guest = fetch_default_guest(progress)
     kernel = Path(config.kernel) if config.kernel else guest.kernel.vmlinux
-    return kernel, Path(config.initrd) if config.initrd else guest.initramfs(config.command)
+    if config.initrd:
+        return kernel, Path(config.initrd)
+    return kernel, initramfs(config, guest, devices)
+
+
+def initramfs(config: VmConfig, guest: DefaultGuest, devices: Devices) -> bytes:
+    """Our own: the agent as init, what it is to set up, and the modules for the devices that are there."""
+    if config.modules:
+        directory: Path | None = Path(config.modules)
+    else:
+        directory = None if config.kernel else guest.kernel.modules
+    chosen = modules.choose(directory, devices.modules) if directory else []
+    root: dict[str, Any] | None = None
+    if config.root is not None and config.root.fstype == "virtiofs":
+        root = {"tag": ROOT_TAG, "fstype": "virtiofs", "read_only": True, "overlay": True}
+    elif config.root is not None:
+        root = {"device": "/dev/vda", "fstype": config.root.fstype, "read_only": False, "overlay": False}
+    mounts = [
+        {"tag": f"share{i}", "path": share.path, "read_only": share.read_only}
+        for i, share in enumerate(config.shares)
+    ]
+    boot: dict[str, Any] = {
+        "hostname": config.hostname,
+        "root": root,
+        "mounts": mounts,
+        "network": devices.network,
+        "environment": dict(config.environment),
+    }
+    if config.console_command:
+        boot |= console_command(config.console_command, always=not config.console_fallback)
+    return guest.initramfs(boot, chosen)
 
 
 @contextmanager
 def build(
     system: Kvm,
     config: VmConfig,
+    directory: VmDirectory | None,
     serial_write: Callable[[bytes], None],
     ending: Ending,
     progress: Callable[[str], None],
 ) -> Iterator[Booted]:
     """Build the board and load the kernel; `ValueError` or `OSError` says what is wrong with the files."""
-    kernel, initrd = files(config, progress)
-    cmdline = kernel_cmdline(config)
-    with system.create_vm() as vm:
-        board = X86Board(
-            system,
-            vm,
-            memory_bytes=config.memory_bytes,
-            cpus=config.cpus,
-            serial_write=serial_write,
-            on_reset=lambda: ending.set(Reason.RESET),
-            on_power_off=lambda: ending.set(Reason.POWER_OFF),
-            on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
-        )
-        with closing(board):
-            board.load_linux(kernel, initrd, cmdline)
-            yield Booted(board.vcpus, board, board.serial_input, cmdline)
+    with make_devices(config, directory) as devices:
+        kernel, initrd = files(config, devices, progress)
+        cmdline = kernel_cmdline(config)
+        with system.create_vm() as vm:
+            board = X86Board(
+                system,
+                vm,
+                memory_bytes=config.memory_bytes,
+                cpus=config.cpus,
+                serial_write=serial_write,
+                on_reset=lambda: ending.set(Reason.RESET),
+                on_power_off=lambda: ending.set(Reason.POWER_OFF),
+                on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
+                devices=tuple(devices.virtio),
+            )
+            devices.virtio.clear()
+            with closing(board):
+                board.load_linux(kernel, initrd, cmdline)
+                yield Booted(board.vcpus, board, board.serial_input, cmdline)

@@ -8,11 +8,17 @@ else, so whoever trusts neither the guest nor its command must not trust N.
 import os
 import re
 import select
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
 
 from kvmkit.vmm.ending import Ending, Reason
 
 _INIT = b"kvmkit: init"
+_COMMAND = b"kvmkit: command"
 _EXIT = re.compile(rb"kvmkit: exit (\d{1,3})")
 _EXIT_PREFIX = b"kvmkit: exit "
 _PANIC = re.compile(rb"^(\[[ \d.]+\] )?Kernel panic - not syncing")
@@ -24,19 +30,19 @@ _LINE_BYTES = 1024
 class Console:
     r"""Takes what the guest writes; calls back for markers.
 
-    With `command_only`, `write` gets what stands between the two markers, and the terminal's ``\r\n`` as the ``\n``
-    that the command wrote; else every byte as it comes. `tail` keeps the last 4 KiB of everything.
+    Each of `sinks` gets every byte as it comes. With `command_only`, they get what stands between the two markers, and the terminal's ``\r\n`` as the ``\n``
+    that the command wrote. `tail` keeps the last 4 KiB of everything.
     """
 
     def __init__(
         self,
-        write: Callable[[bytes], None],
+        sinks: Sequence[Callable[[bytes], None]],
         on_event: Callable[[str, int], None],
         *,
         command_only: bool = False,
     ) -> None:
         """`on_event` gets ("console", 0), ("init", 0), ("exit", status) and ("panic", 0), each at most once."""
-        self._write = write
+        self._sinks = sinks
         self._on_event = on_event
         self._told: set[str] = set()
         self._line = b""
@@ -61,6 +67,10 @@ class Console:
         """The guest writes no more: pass on what was held back because it might have been a marker's begin."""
         if self._output is not None and (rest := self._output.rest()):
             self._write(rest)
+
+    def _write(self, data: bytes) -> None:
+        for sink in self._sinks:
+            sink(data)
 
     def _whole_line(self, line: bytes) -> None:
         if line == _INIT:
@@ -87,7 +97,7 @@ class _CommandOutput:
         """Return what can be passed on now."""
         self._held += data
         if self._state == "before":
-            start = re.search(rb"(?:^|\n)" + _INIT + rb"\r*\n", self._held)
+            start = re.search(rb"(?:^|\n)" + _COMMAND + rb"\r*\n", self._held)
             if start is None:
                 self._held = self._held[-_LINE_BYTES:]
                 return b""
@@ -116,6 +126,75 @@ class _CommandOutput:
         if start and (_EXIT_PREFIX.startswith(rest) or _EXIT.fullmatch(rest.rstrip(b"\r"))):
             return start - (2 if held[:start].endswith(b"\r\n") else 1)
         return len(held)
+
+
+class ConsoleLog:
+    """Keeps the last of what the console wrote in a file, between one and two times `_LOG_BYTES`."""
+
+    _LOG_BYTES = 4 << 20
+
+    def __init__(self, path: Path) -> None:
+        """Start it anew."""
+        self._path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - it is open as long as this is
+        self._size_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Append; a full disk loses what comes."""
+        with suppress(OSError):
+            if self._size_bytes > 2 * self._LOG_BYTES:
+                kept = self._path.read_bytes()[-self._LOG_BYTES :]
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(kept)
+                self._size_bytes = len(kept)
+            self._file.write(data)
+            self._size_bytes += len(data)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file, which stays."""
+        self._file.close()
+
+
+class ConsoleSocket:
+    """Lets a client at a unix socket see what comes on the console, and type. One at a time, the latest."""
+
+    def __init__(self, path: Path) -> None:
+        """Listen there, on a thread."""
+        self._client: socket.socket | None = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(os.fspath(path))
+        self._listener.listen(1)
+        self.typed: Callable[[bytes], None] = lambda _: None
+        """Set by whoever has the serial port."""
+        threading.Thread(target=self._accept, name="console", daemon=True).start()
+
+    def write(self, data: bytes) -> None:
+        """The guest wrote `data`. A client that doesn't keep up loses some: the guest doesn't wait for it."""
+        client = self._client
+        if client is not None:
+            with suppress(OSError):
+                client.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            before, self._client = self._client, client
+            if before is not None:
+                with suppress(OSError):
+                    before.shutdown(socket.SHUT_RDWR)
+            threading.Thread(target=self._read, args=(client,), name="console", daemon=True).start()
+
+    def _read(self, client: socket.socket) -> None:
+        with client, suppress(OSError):
+            while data := client.recv(4096):
+                self.typed(data)
+        if self._client is client:
+            self._client = None
 
 
 def writer(fd: int, ending: Ending) -> Callable[[bytes], None]:

@@ -1,4 +1,6 @@
-"""The control socket, on the side of the VM process.
+"""The control sockets, on the side of the VM process: the one it was started with, and any that connect to ``control.sock``.
+
+Who connects later first gets all events that there were, progress apart.
 
 Events, in order where they come at all, each once but the first two:
 
@@ -8,17 +10,26 @@ Events, in order where they come at all, each once but the first two:
 - ``entered``: the first vCPU starts to run;
 - ``console``: the guest's first byte on the serial line;
 - ``init``: the default guest's init runs;
-- ``exit``: the command in the default guest ended; `status`;
+- ``agent``: the agent in the guest can be reached, on vsock port 1024; `warnings` of what went wrong before;
+- ``exit``: the command on the console ended; `status`;
 - ``ended``: the VM is gone; `reason` (a value of `kvmkit.vmm.ending.Reason`), `detail`, `console_tail`;
 - ``error``: instead of ``ended``: `message` for people.
 """
 
+import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from kvmkit.messages import MessageSocket
+
+_MAX_CLIENTS = 32
+_CLIENT_SEND_S = 1.0
+"""A client that connected later and doesn't read for so long is dropped."""
 
 
 class Control:
@@ -27,12 +38,79 @@ class Control:
     def __init__(self, sock: socket.socket) -> None:
         """Take over a connected stream socket."""
         self._messages = MessageSocket(sock)
+        self._lock = threading.Lock()
+        self._events: list[dict[str, Any]] = []
+        self._clients: list[MessageSocket] = []
 
     def send(self, event: str, **details: Any) -> None:
         """Send an event with the time now. A client that is gone is no error: reading notices it."""
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self._messages.send({"event": event, "t_ns": time.monotonic_ns(), **details})
+        message = {"event": event, "t_ns": time.monotonic_ns(), **details}
+        with self._lock:
+            if event not in ("progress", "refused"):
+                self._events.append(message)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._messages.send(message)
+            if event != "refused":  # an answer to one of them
+                for client in list(self._clients):
+                    self._send_to(client, message)
 
     def receive(self) -> dict[str, Any] | None:
-        """Wait for the next message; None when the client has closed its end, `ValueError` if it isn't one."""
+        """Wait for the next message of the first client; None when it has closed its end, `ValueError` if it isn't one."""
         return self._messages.receive()
+
+    def listen(self, path: Path, on_request: Callable[[dict[str, Any]], str | None]) -> None:
+        """Take clients on a socket at `path` from now on. `on_request` returns what is wrong with a request of theirs."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.fspath(path))
+        listener.listen()
+        threading.Thread(
+            target=self._accept, args=(listener, on_request), name="clients", daemon=True
+        ).start()
+
+    def _accept(self, listener: socket.socket, on_request: Callable[[dict[str, Any]], str | None]) -> None:
+        while True:
+            sock, _ = listener.accept()
+            sock.settimeout(_CLIENT_SEND_S)
+            client = MessageSocket(sock)
+            with self._lock:
+                if len(self._clients) >= _MAX_CLIENTS:
+                    client.close()
+                    continue
+                self._clients.append(client)
+                for message in self._events:
+                    self._send_to(client, message)
+            threading.Thread(
+                target=self._serve, args=(client, on_request), name="client", daemon=True
+            ).start()
+
+    def _serve(self, client: MessageSocket, on_request: Callable[[dict[str, Any]], str | None]) -> None:
+        try:
+            while True:
+                try:
+                    message = client.receive(timeout_s=3600.0)
+                    if message is None:
+                        break
+                    wrong = on_request(message)
+                except TimeoutError:
+                    continue
+                except ValueError as error:
+                    wrong = str(error)
+                if wrong is not None:
+                    client.send({"event": "refused", "t_ns": time.monotonic_ns(), "message": wrong})
+        except OSError:
+            pass
+        finally:
+            with self._lock:
+                self._drop(client)
+
+    def _send_to(self, client: MessageSocket, message: dict[str, Any]) -> None:
+        try:
+            client.send(message)
+        except OSError:
+            self._drop(client)
+
+    def _drop(self, client: MessageSocket) -> None:
+        if client in self._clients:
+            self._clients.remove(client)
+            with suppress(OSError):
+                client.shutdown()  # its thread then closes it

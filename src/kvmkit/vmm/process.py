@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import logging
 import os
 import select
 import signal
@@ -9,12 +10,17 @@ import socket
 import sys
 import threading
 import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from kvmkit import kvm
 from kvmkit.kvm.probe import choose_engine
+from kvmkit.runtime import VmDirectory
+from kvmkit.vmm import agent
 from kvmkit.vmm.build import Booted, build
 from kvmkit.vmm.config import VmConfig
-from kvmkit.vmm.console import Console, writer
+from kvmkit.vmm.console import Console, ConsoleLog, ConsoleSocket, writer
 from kvmkit.vmm.control import Control
 from kvmkit.vmm.ending import Ending, Reason
 from kvmkit.vmm.loop import run_vcpu
@@ -22,6 +28,7 @@ from kvmkit.vmm.loop import run_vcpu
 _PR_SET_PDEATHSIG = 1
 _JOIN_S = 5.0
 _UNWIND_S = 3.0
+_SWITCH_INTERVAL_S = 0.0002
 
 
 class _Cancelled(BaseException):
@@ -46,6 +53,9 @@ def main(control_fd: int) -> int:
     """Be the VM process on the other end of `control_fd`; return its exit status, 0 unless the VM failed."""
     # Ctrl-C is the client's to handle. A handler, for what we start shall not inherit it as SIG_IGN would be.
     signal.signal(signal.SIGINT, lambda *_: None)
+    logging.basicConfig(format="kvmkit: %(message)s", level=logging.WARNING)
+    # A vCPU's exit waits for the interpreter while a device's thread has it: not for 5 ms.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     ending = Ending()
     stop = _Stop(ending)
     control = Control(socket.socket(fileno=control_fd))
@@ -71,25 +81,44 @@ def main(control_fd: int) -> int:
 
 def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None:
     """Build the VM, run it to its end and report on the way."""
-    watcher = threading.Thread(target=_watch, args=(control, ending, stop), name="control", daemon=True)
+    directory = VmDirectory(Path(config.directory)) if config.directory else None
+    requests = _Requests(ending, stop)
+    watcher = threading.Thread(
+        target=_watch, args=(control, requests, config, directory), name="control", daemon=True
+    )
     watcher.start()  # from now on the client may go away, while a kernel is being fetched too
     engine, why = (config.engine, "asked for") if config.engine != "auto" else choose_engine()
     panicked = False
+    status: int | None = None
 
     def told(event: str, value: int) -> None:
-        nonlocal panicked
+        nonlocal panicked, status
         if event == "panic":
             panicked = True
         elif event == "exit":
+            status = value
             control.send("exit", status=value)
         else:
             control.send(event)
 
-    console = Console(writer(config.output_fd, ending), told, command_only=bool(config.command))
-    with kvm.open(engine) as system:
+    with ExitStack() as stack:
+        sinks = [writer(config.output_fd, ending)] if config.output_fd >= 0 else []
+        if directory is not None:
+            if not config.detached:
+                stack.callback(directory.remove)
+            sinks.append(stack.enter_context(ConsoleLog(directory.console_log)).write)
+            control.listen(directory.control, requests)
+            socket_ = ConsoleSocket(directory.console)
+            sinks.append(socket_.write)
+        console = Console(sinks, told, command_only=bool(config.console_command) and not config.verbose)
+        system = stack.enter_context(kvm.open(engine))
         with build(
-            system, config, console.feed, ending, lambda text: control.send("progress", text=text)
+            system, config, directory, console.feed, ending, lambda text: control.send("progress", text=text)
         ) as vm:
+            if directory is not None:
+                socket_.typed = vm.serial_input
+                agent.listen(directory.vsock, lambda warnings: control.send("agent", warnings=warnings))
+                directory.write("vm.json", _about(config, system.engine))
             stop.building = False
             control.send("started", engine=system.engine, reason=why, cmdline=vm.cmdline)
             # From here on there is nothing of ours that has to be ended first: see `_watch`.
@@ -99,7 +128,23 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
         console.close()
     reason = Reason.PANIC if panicked and ending.reason is Reason.RESET else ending.reason
     tail = console.tail.decode(errors="replace")
+    if directory is not None and config.detached:
+        directory.write("end.json", {"reason": reason, "detail": ending.detail, "status": status})
     control.send("ended", reason=reason, detail=ending.detail, console_tail=tail)
+
+
+def _about(config: VmConfig, engine: str) -> dict[str, Any]:
+    """What ``kvmkit ps`` tells of a VM."""
+    return {
+        "pid": os.getpid(),
+        "engine": engine,
+        "started_s": time.time(),
+        "cpus": config.cpus,
+        "memory_bytes": config.memory_bytes,
+        "root": config.root.path if config.root else None,
+        "command": list(config.console_command),
+        "detached": config.detached,
+    }
 
 
 def run_vcpus(vm: Booted, config: VmConfig, control: Control, ending: Ending) -> None:
@@ -143,34 +188,51 @@ def _pump(fd: int, vm: Booted) -> None:
         vm.serial_input(data)
 
 
-def _watch(control: Control, ending: Ending, stop: _Stop) -> None:
-    """Carry out requests; end the process when the client is gone."""
+class _Requests:
+    """Carries out what clients ask for."""
+
+    def __init__(self, ending: Ending, stop: _Stop) -> None:
+        self._ending = ending
+        self._stop = stop
+
+    def __call__(self, message: dict[str, Any]) -> str | None:
+        """Carry out a request; return what is wrong with it."""
+        if message == {"request": "stop"}:
+            self.end("asked for")
+            return None
+        return f"no such request: {json.dumps(message):.80}"
+
+    def end(self, why: str) -> bool:
+        """End the VM, or the building of it; whether it was that."""
+        self._ending.set(Reason.STOPPED, why)
+        building = self._stop.building
+        if building:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return building
+
+
+def _watch(control: Control, requests: _Requests, config: VmConfig, directory: VmDirectory | None) -> None:
+    """Carry out the first client's requests; end the process when it is gone, unless the VM is detached."""
     while True:
         try:
             message = control.receive()
+            wrong = requests(message) if message is not None else None
         except ValueError as error:
-            control.send("refused", message=str(error))
-            continue
+            wrong = str(error)
         except OSError:
             break
-        if message is None:
-            break
-        if message == {"request": "stop"}:
-            _end(ending, stop, "asked for")
         else:
-            control.send("refused", message=f"no such request: {json.dumps(message):.80}")
-    if _end(ending, stop, "the client is gone"):
+            if message is None:
+                break
+        if wrong is not None:
+            control.send("refused", message=wrong)
+    if config.detached:
+        return
+    if requests.end("the client is gone"):
         time.sleep(_UNWIND_S)  # the main thread ends the process before that, its downloads cleaned up
-    os._exit(1)  # nobody is left to report to, and a VM that runs owns nothing that outlives its process
-
-
-def _end(ending: Ending, stop: _Stop, why: str) -> bool:
-    """End the VM, or the building of it; whether it was that."""
-    ending.set(Reason.STOPPED, why)
-    building = stop.building
-    if building:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return building
+    if directory is not None:
+        directory.remove()
+    os._exit(1)  # nobody is left to report to, and a VM that runs owns nothing else that outlives its process
 
 
 def _describe(error: Exception) -> str:

@@ -25,7 +25,7 @@ from kvmkit.client.agent.pump import (
     Sink,
     Source,
 )
-from kvmkit.errors import AgentError, CommandError, CommandTimeout
+from kvmkit.errors import AgentError, CommandError, CommandTimeout, ProtocolError
 
 T = TypeVar("T")
 
@@ -444,6 +444,26 @@ class Agent:
         finally:
             for fd in opened:
                 os.close(fd)
+
+    def connect_tcp(self, port: int) -> socket.socket:
+        """Connect to a TCP port in the guest, by its loopback. `GuestError` (ECONNREFUSED) if nobody listens there."""
+        connection = self._connect()
+        try:
+            connection.sendall(protocol.request("connect", port=port))
+            # Not a byte more than the reply: what follows is the service's.
+            header = connection.recv(protocol.HEADER.size, socket.MSG_WAITALL)
+            if len(header) < protocol.HEADER.size:
+                raise AgentError("the agent ended the connection")
+            kind, size = protocol.HEADER.unpack(header)
+            if kind not in (protocol.REPLY, protocol.ERROR) or size > protocol.MAX_PAYLOAD_BYTES:
+                raise ProtocolError(f"a frame of type {kind} and {size} bytes where a reply was to come")
+            payload = connection.recv(size, socket.MSG_WAITALL) if size else b""
+            if kind == protocol.ERROR:
+                raise protocol.parse_error(payload)
+            return connection
+        except BaseException:
+            connection.close()
+            raise
 
 
 def _text(sink: BytesSink) -> str:

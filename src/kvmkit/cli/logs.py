@@ -1,0 +1,33 @@
+"""``kvmkit logs``: what a guest wrote on its console."""
+
+import sys
+import time
+
+import click
+
+from kvmkit import runtime
+from kvmkit.errors import KvmkitError
+
+_LOOK_S = 0.2
+
+
+@click.command()
+@click.argument("name")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the guest ends.")
+def logs(name: str, follow: bool) -> None:
+    """Print what the guest NAME, running or ended, wrote on its serial console: its kernel's log, and a detached command's output.
+
+    The last 4 MiB of it are kept.
+    """
+    directory = next((d for d in runtime.every() if d.name == name), None)
+    if directory is None:
+        raise KvmkitError(f"no VM named {name!r}")
+    with open(directory.console_log, "rb") as file:
+        while True:
+            alive = directory.alive()  # before reading: what it wrote at last is read then
+            while data := file.read(65536):
+                sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            if not follow or not alive:
+                return
+            time.sleep(_LOOK_S)

@@ -1,0 +1,50 @@
+"""What a machine does, shown on stderr while it does it."""
+
+import os
+import time
+from typing import ClassVar
+
+import click
+
+from kvmkit.client import Event
+
+
+class Follower:
+    """Shows progress on stderr as events come in, and the time line at the end."""
+
+    _NAMES: ClassVar = {
+        "spawned": "VM process started",
+        "started": "VM built",
+        "entered": "kernel entered",
+        "console": "first console byte",
+        "init": "init runs",
+        "agent": "agent ready",
+        "exit": "console command done",
+        "ended": "VM ended",
+    }
+
+    def __init__(self, verbose: bool) -> None:
+        """With `verbose`, or on a terminal, progress is shown."""
+        self._progress = verbose or os.isatty(2)
+
+    def __call__(self, event: Event) -> None:
+        """Take an event of the machine."""
+        if event.name == "progress" and self._progress:
+            click.echo(event.details["text"], err=True)
+
+    def print_timeline(self, timeline: list[Event]) -> None:
+        """Print milliseconds since this process started."""
+        start_ns = _process_start_ns()
+        click.echo("time line, ms since kvmkit's start:", err=True)
+        for event in timeline:
+            if event.name in self._NAMES:
+                ms = (event.t_ns - start_ns) / 1e6
+                click.echo(f"{ms:10.1f}  {self._NAMES[event.name]}", err=True)
+
+
+def _process_start_ns() -> int:
+    """When this process started, on CLOCK_MONOTONIC, to the kernel's 10 ms (proc(5), /proc/PID/stat, starttime)."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    started_ns = ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - started_ns)

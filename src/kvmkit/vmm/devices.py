@@ -1,0 +1,100 @@
+"""The virtio devices of a VM, as its configuration wants them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmkit.devices.virtio.device import VirtioDevice
+from kvmkit.runtime import VmDirectory
+from kvmkit.vmm.config import DiskConfig, VmConfig
+
+GUEST_CID = 3
+ROOT_TAG = "root"
+
+# Devices are imported as they are needed: a VM without network and disks starts without reading their code.
+
+
+@dataclass
+class Devices:
+    """Devices in the board's order, and what the guest needs to be told to use them."""
+
+    virtio: list[VirtioDevice] = field(default_factory=list)
+    modules: list[str] = field(default_factory=lambda: ["virtio_mmio"])
+    """The kernel modules that drive them."""
+    network: dict[str, Any] | None = None
+    """How the guest is to configure its interface."""
+
+    def close(self) -> None:
+        """Close those that nobody has taken."""
+        for device in self.virtio:
+            device.close()
+
+
+@contextmanager
+def make_devices(config: VmConfig, directory: VmDirectory | None) -> Iterator[Devices]:
+    """Open what the devices stand on and make them; who puts them on a board says so by ``devices.virtio.clear()``.
+
+    Those left are closed at the end. `OSError` or `ValueError` says what can't be used.
+    """
+    devices = Devices()
+    with ExitStack() as stack:
+        stack.callback(devices.close)
+        _add(devices, config, directory)
+        yield devices
+
+
+def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> None:
+    from kvmkit.devices.virtio.rng import Rng
+
+    devices.virtio.append(Rng("virtio-rng"))
+    devices.modules.append("virtio_rng")
+    if directory is not None:
+        from kvmkit.devices.virtio.vsock import Vsock
+
+        devices.virtio.append(Vsock(GUEST_CID, directory.vsock))
+        devices.modules.append("vmw_vsock_virtio_transport")
+    disks = list(config.disks)
+    if config.root is not None and config.root.fstype != "virtiofs":
+        disks.insert(0, DiskConfig(config.root.path, temporary=True))
+    for i, disk in enumerate(disks):
+        devices.virtio.append(_disk(disk, i))
+        devices.modules.append("virtio_blk")
+    shares = [(f"share{i}", share.directory, share.read_only) for i, share in enumerate(config.shares)]
+    if config.root is not None and config.root.fstype == "virtiofs":
+        shares.insert(0, (ROOT_TAG, config.root.path, True))
+        devices.modules.append("overlay")
+    for tag, path, read_only in shares:
+        raise ValueError(f"share {tag} of {path} (read-only: {read_only}): virtiofs isn't there yet")
+    if config.network != "none":
+        _add_network(devices, config.network)
+
+
+def _disk(disk: DiskConfig, i: int) -> VirtioDevice:
+    from kvmkit.devices.block import Overlay, RawFile
+    from kvmkit.devices.virtio.blk import Blk
+
+    backend: RawFile | Overlay = RawFile(disk.path, read_only=disk.read_only or disk.temporary)
+    if disk.temporary:
+        backend = Overlay.temporary(backend)
+    return Blk(backend, name=f"virtio-blk vd{chr(ord('a') + i)}", serial=f"kvmkit{i}")
+
+
+def _add_network(devices: Devices, network: str) -> None:
+    from kvmkit.devices.net import Backend
+    from kvmkit.devices.net.slirp import Slirp
+    from kvmkit.devices.net.tap import Tap
+    from kvmkit.devices.virtio.net import Net, random_mac
+
+    kind, _, name = network.partition(":")
+    backend: Backend
+    if network == "user":
+        backend = Slirp()
+    elif kind == "tap" and name:
+        backend = Tap(name)
+    else:
+        raise ValueError(f"network {network!r}: none, user or tap:NAME")
+    devices.virtio.append(Net(backend, mac=random_mac(), name="virtio-net"))
+    devices.modules.append("virtio_net")
+    if backend.guest_network is not None:
+        devices.network = {"interface": "eth0", **backend.guest_network}
