@@ -58,7 +58,9 @@ def test_mmio_data_is_a_window(run_class: type[x86.kvm_run] | type[arm64.kvm_run
         (c.KVM_EXIT_DIRTY_RING_FULL, exits.DirtyRingFull()),
         (c.KVM_EXIT_AP_RESET_HOLD, exits.ApResetHold()),
         (c.KVM_EXIT_X86_BUS_LOCK, exits.BusLock()),
-        (c.KVM_EXIT_WATCHDOG, exits.Unknown(c.KVM_EXIT_WATCHDOG, 0)),
+        (c.KVM_EXIT_WATCHDOG, exits.Watchdog()),
+        (c.KVM_EXIT_EPR, exits.Epr()),
+        (c.KVM_EXIT_UNKNOWN, exits.Unknown(c.KVM_EXIT_UNKNOWN, 0)),
         (999, exits.Unknown(999, 0)),
     ],
 )
@@ -67,7 +69,7 @@ def test_bare(reason: int, exit_: exits.Exit) -> None:
 
 
 def test_unknown_has_a_name() -> None:
-    assert exits.Unknown(c.KVM_EXIT_WATCHDOG, 0).name == "KVM_EXIT_WATCHDOG"
+    assert exits.Unknown(c.KVM_EXIT_UNKNOWN, 0).name == "KVM_EXIT_UNKNOWN"
     assert exits.Unknown(999, 0).name == "999"
 
 
@@ -94,6 +96,80 @@ def test_with_fields() -> None:
     assert area.decode(c.KVM_EXIT_EXCEPTION) == exits.Exception_(14, 2)
     area.run.exit.hypercall = common.kvm_run_hypercall(12, (ctypes.c_uint64 * 6)(1, 2, 3), 0, 1)
     assert area.decode(c.KVM_EXIT_HYPERCALL) == exits.Hypercall(12, (1, 2, 3, 0, 0, 0), 1)
+
+
+def test_every_reason_has_a_type() -> None:
+    """The 41 of Linux 6.18, without a hole."""
+    assert sorted(c.EXIT_REASONS) == list(range(41))
+    area = Area()
+    area.run.exit.hyperv.type = area.run.exit.xen.type = 1
+    assert [r for r in c.EXIT_REASONS if isinstance(area.decode(r), exits.Unknown)] == [c.KVM_EXIT_UNKNOWN]
+
+
+def test_hyperv_and_xen() -> None:
+    area = Area()
+    hyperv = area.run.exit.hyperv
+    hyperv.type = c.KVM_EXIT_HYPERV_SYNIC
+    hyperv.u.synic.msr, hyperv.u.synic.control = 0x40000080, 1
+    hyperv.u.synic.evt_page, hyperv.u.synic.msg_page = 0x1000, 0x2000
+    assert area.decode(c.KVM_EXIT_HYPERV) == exits.HypervSynic(0x40000080, 1, 0x1000, 0x2000)
+    area = Area()
+    hyperv = area.run.exit.hyperv
+    hyperv.type = c.KVM_EXIT_HYPERV_HCALL
+    hyperv.u.hcall.input = 0x5C
+    hyperv.u.hcall.params[:] = [7, 8]
+    assert area.decode(c.KVM_EXIT_HYPERV) == exits.HypervHcall(0x5C, (7, 8))
+    hyperv.type = c.KVM_EXIT_HYPERV_SYNDBG
+    assert isinstance(area.decode(c.KVM_EXIT_HYPERV), exits.HypervSyndbg)
+    hyperv.type = 77
+    assert area.decode(c.KVM_EXIT_HYPERV) == exits.Unknown(c.KVM_EXIT_HYPERV, 77)
+    area = Area()
+    xen = area.run.exit.xen
+    xen.type = c.KVM_EXIT_XEN_HCALL
+    xen.u.hcall.longmode, xen.u.hcall.cpl, xen.u.hcall.input = 1, 3, 18
+    xen.u.hcall.params[:] = list(range(6))
+    assert area.decode(c.KVM_EXIT_XEN) == exits.XenHcall(True, 3, 18, (0, 1, 2, 3, 4, 5))
+
+
+def test_tdx() -> None:
+    area = Area()
+    tdx = area.run.exit.tdx
+    tdx.nr = 0x10002
+    tdx.get_quote.gpa, tdx.get_quote.size = 0x5000, 0x1000
+    assert area.decode(c.KVM_EXIT_TDX) == exits.Tdx(0, 0x10002)
+    assert list(tdx.unknown.data[:2]) == [0x5000, 0x1000]
+
+
+def test_other_architectures() -> None:
+    area = Area()
+    foreign = area.run.exit
+    foreign.s390_sieic = common.kvm_run_s390_sieic(4, 0xB2B2, 7)
+    assert area.decode(c.KVM_EXIT_S390_SIEIC) == exits.S390Sieic(4, 0xB2B2, 7)
+    foreign.s390_reset_flags = 5
+    assert area.decode(c.KVM_EXIT_S390_RESET) == exits.S390Reset(5)
+    foreign.s390_ucontrol = common.kvm_run_s390_ucontrol(0x1000, 0x10)
+    assert area.decode(c.KVM_EXIT_S390_UCONTROL) == exits.S390Ucontrol(0x1000, 0x10)
+    foreign.s390_tsch = common.kvm_run_s390_tsch(1, 2, 3, 4, 5, 1)
+    assert area.decode(c.KVM_EXIT_S390_TSCH) == exits.S390Tsch(1, 2, 3, 4, 5, True)
+    foreign.s390_stsi = common.kvm_run_s390_stsi(0x2000, 1, 0, 3, 2, 2)
+    assert area.decode(c.KVM_EXIT_S390_STSI) == exits.S390Stsi(0x2000, 1, 3, 2, 2)
+    foreign.dcr = common.kvm_run_dcr(1, 2, 1)
+    assert area.decode(c.KVM_EXIT_DCR) == exits.Dcr(1, 2, True)
+    foreign.osi.gprs[3] = 9
+    exit_ = area.decode(c.KVM_EXIT_OSI)
+    assert isinstance(exit_, exits.Osi) and exit_.gprs[3] == 9 and len(exit_.gprs) == 32
+    foreign.papr_hcall.nr, foreign.papr_hcall.args[8] = 4, 6
+    exit_ = area.decode(c.KVM_EXIT_PAPR_HCALL)
+    assert isinstance(exit_, exits.PaprHcall) and (exit_.nr, exit_.args[8]) == (4, 6)
+    foreign.riscv_sbi = common.kvm_run_riscv_sbi(1, 2, (ctypes.c_uint64 * 6)(3, 4, 5, 6, 7, 8))
+    assert area.decode(c.KVM_EXIT_RISCV_SBI) == exits.RiscvSbi(1, 2, (3, 4, 5, 6, 7, 8))
+    foreign.riscv_csr = common.kvm_run_riscv_csr(0x180, 1, 2, 3)
+    assert area.decode(c.KVM_EXIT_RISCV_CSR) == exits.RiscvCsr(0x180, 1, 2)
+    foreign.iocsr_io.phys_addr, foreign.iocsr_io.len = 0x1234, 4
+    exit_ = area.decode(c.KVM_EXIT_LOONGARCH_IOCSR)
+    assert isinstance(exit_, exits.LoongarchIocsr)
+    exit_.data[:] = b"wxyz"
+    assert bytes(foreign.iocsr_io.data[:4]) == b"wxyz"
 
 
 def test_internal_error_names_the_instruction() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from kvmkit.kvm.exits import Exit
 from kvmkit.uapi import arm64, common, x86
+from kvmkit.uapi import memory_encryption as sev
 from kvmkit.uapi.errors import not_supported
 
 
@@ -85,6 +86,22 @@ class Kvm(Descriptor):
         """KVM_GET_MSRS (x86, system): values of feature MSRs. See `Vcpu.get_msrs`."""
         raise not_supported("KVM_GET_MSRS")
 
+    def get_supported_hv_cpuid(self) -> list[x86.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID (x86, KVM_CAP_SYS_HYPERV_CPUID): the Hyper-V leaves that can be offered."""
+        raise not_supported("KVM_GET_SUPPORTED_HV_CPUID")
+
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED (x86): the MCG_CAP bits that `Vcpu.x86_setup_mce` may use."""
+        raise not_supported("KVM_X86_GET_MCE_CAP_SUPPORTED")
+
+    def get_device_attr(self, group: int, attr: int, addr: int = 0) -> None:
+        """KVM_GET_DEVICE_ATTR on the system (x86, KVM_CAP_SYS_ATTRIBUTES): the value is stored at `addr`."""
+        raise not_supported("KVM_GET_DEVICE_ATTR")
+
+    def has_device_attr(self, group: int, attr: int) -> bool:
+        """KVM_HAS_DEVICE_ATTR on the system (x86): whether the attribute exists."""
+        raise not_supported("KVM_HAS_DEVICE_ATTR")
+
 
 class Vm(Descriptor):
     """A virtual machine."""
@@ -129,6 +146,22 @@ class Vm(Descriptor):
     def reset_dirty_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS: number of entries that were handed back."""
         raise not_supported("KVM_RESET_DIRTY_RINGS")
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES (x86): make a range of guest memory private or shared (KVM_MEMORY_ATTRIBUTE_*)."""
+        raise not_supported("KVM_SET_MEMORY_ATTRIBUTES")
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """KVM_CREATE_GUEST_MEMFD: a new descriptor of `size` bytes of guest memory for `set_user_memory_region2`; the caller closes it."""
+        raise not_supported("KVM_CREATE_GUEST_MEMFD")
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """KVM_SET_NR_MMU_PAGES (x86): how many shadow pages KVM may use. EINVAL: below 20."""
+        raise not_supported("KVM_SET_NR_MMU_PAGES")
+
+    def get_nr_mmu_pages(self) -> int:
+        """KVM_GET_NR_MMU_PAGES (x86)."""
+        raise not_supported("KVM_GET_NR_MMU_PAGES")
 
     def register_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
         """KVM_REGISTER_COALESCED_MMIO: collect writes to this range in the ring instead of exiting."""
@@ -192,6 +225,18 @@ class Vm(Descriptor):
 
     # Timers and clocks.
 
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT (x86, old): `create_pit2` without flags."""
+        raise not_supported("KVM_CREATE_PIT")
+
+    def get_pit(self) -> x86.kvm_pit_state:
+        """KVM_GET_PIT (x86, old): `get_pit2` without its flags."""
+        raise not_supported("KVM_GET_PIT")
+
+    def set_pit(self, state: x86.kvm_pit_state) -> None:
+        """KVM_SET_PIT (x86, old)."""
+        raise not_supported("KVM_SET_PIT")
+
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2 (x86): an i8254 at ports 0x40 to 0x43 and 0x61. ENOENT: no interrupt chip; EEXIST: done already."""
         raise not_supported("KVM_CREATE_PIT2")
@@ -238,6 +283,46 @@ class Vm(Descriptor):
         """KVM_X86_SET_MSR_FILTER (x86)."""
         raise not_supported("KVM_X86_SET_MSR_FILTER")
 
+    def set_pmu_event_filter(
+        self, action: int, events: Sequence[int], fixed_counter_bitmap: int = 0, flags: int = 0
+    ) -> None:
+        """KVM_SET_PMU_EVENT_FILTER (x86): which `events` the guest may count, or may not (KVM_PMU_EVENT_ALLOW, _DENY)."""
+        raise not_supported("KVM_SET_PMU_EVENT_FILTER")
+
+    def memory_encrypt_op(self, command: sev.kvm_sev_cmd | sev.kvm_tdx_cmd | None) -> None:
+        """KVM_MEMORY_ENCRYPT_OP (x86): a command of SEV or TDX (`kvmkit.uapi.memory_encryption`); None asks whether there are any."""
+        raise not_supported("KVM_MEMORY_ENCRYPT_OP")
+
+    def memory_encrypt_reg_region(self, addr: int, size: int) -> None:
+        """KVM_MEMORY_ENCRYPT_REG_REGION (x86): host memory that will hold encrypted guest memory."""
+        raise not_supported("KVM_MEMORY_ENCRYPT_REG_REGION")
+
+    def memory_encrypt_unreg_region(self, addr: int, size: int) -> None:
+        """KVM_MEMORY_ENCRYPT_UNREG_REGION (x86)."""
+        raise not_supported("KVM_MEMORY_ENCRYPT_UNREG_REGION")
+
+    def hyperv_eventfd(self, conn_id: int, fd: int, flags: int = 0) -> None:
+        """KVM_HYPERV_EVENTFD (x86): the guest's HvSignalEvent to `conn_id` signals eventfd `fd`. KVM_HYPERV_EVENTFD_DEASSIGN undoes it."""
+        raise not_supported("KVM_HYPERV_EVENTFD")
+
+    def xen_hvm_config(self, config: x86.kvm_xen_hvm_config) -> None:
+        """KVM_XEN_HVM_CONFIG (x86)."""
+        raise not_supported("KVM_XEN_HVM_CONFIG")
+
+    def xen_hvm_get_attr(self, type: int) -> x86.kvm_xen_hvm_attr:
+        """KVM_XEN_HVM_GET_ATTR (x86): `type` is KVM_XEN_ATTR_TYPE_*."""
+        raise not_supported("KVM_XEN_HVM_GET_ATTR")
+
+    def xen_hvm_set_attr(self, attr: x86.kvm_xen_hvm_attr) -> None:
+        """KVM_XEN_HVM_SET_ATTR (x86)."""
+        raise not_supported("KVM_XEN_HVM_SET_ATTR")
+
+    def xen_hvm_evtchn_send(
+        self, port: int, vcpu: int, priority: int = common.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
+    ) -> int:
+        """KVM_XEN_HVM_EVTCHN_SEND (x86): signal an event channel."""
+        raise not_supported("KVM_XEN_HVM_EVTCHN_SEND")
+
     def create_device(self, type: int, flags: int = 0) -> "Device":
         """KVM_CREATE_DEVICE: `type` is KVM_DEV_TYPE_*. ENODEV: not offered."""
         raise not_supported("KVM_CREATE_DEVICE")
@@ -269,6 +354,17 @@ class Vm(Descriptor):
     def arm_set_counter_offset(self, counter_offset: int) -> None:
         """KVM_ARM_SET_COUNTER_OFFSET (arm64)."""
         raise not_supported("KVM_ARM_SET_COUNTER_OFFSET")
+
+    def arm_get_reg_writable_masks(self, range: int = arm64.KVM_ARM_FEATURE_ID_RANGE) -> list[int]:
+        """KVM_ARM_GET_REG_WRITABLE_MASKS (arm64): for each feature id register of the range, which of its bits may be changed."""
+        raise not_supported("KVM_ARM_GET_REG_WRITABLE_MASKS")
+
+    def arm_mte_copy_tags(self, guest_ipa: int, length: int, addr: int, flags: int) -> int:
+        """KVM_ARM_MTE_COPY_TAGS (arm64): copy the tags of `length` bytes from or to `addr`; the number of bytes done.
+
+        `flags` is KVM_ARM_TAGS_TO_GUEST or KVM_ARM_TAGS_FROM_GUEST.
+        """
+        raise not_supported("KVM_ARM_MTE_COPY_TAGS")
 
 
 class Vcpu(Descriptor):
@@ -369,6 +465,10 @@ class Vcpu(Descriptor):
         """KVM_GET_CPUID2 (x86)."""
         raise not_supported("KVM_GET_CPUID2")
 
+    def set_cpuid(self, entries: Sequence[x86.kvm_cpuid_entry]) -> None:
+        """KVM_SET_CPUID (x86, old): `set_cpuid2` without sub-leaves."""
+        raise not_supported("KVM_SET_CPUID")
+
     def set_cpuid2(self, entries: Sequence[x86.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2 (x86): what CPUID tells the guest; settable until the vCPU has run."""
         raise not_supported("KVM_SET_CPUID2")
@@ -380,6 +480,14 @@ class Vcpu(Descriptor):
     def set_lapic(self, lapic: x86.kvm_lapic_state) -> None:
         """KVM_SET_LAPIC (x86)."""
         raise not_supported("KVM_SET_LAPIC")
+
+    def tpr_access_reporting(self, enabled: bool) -> None:
+        """KVM_TPR_ACCESS_REPORTING (x86): exit as `TprAccess` when the guest touches its task priority."""
+        raise not_supported("KVM_TPR_ACCESS_REPORTING")
+
+    def set_vapic_addr(self, vapic_addr: int) -> None:
+        """KVM_SET_VAPIC_ADDR (x86): the guest page with a copy of its task priority."""
+        raise not_supported("KVM_SET_VAPIC_ADDR")
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: KVM_MP_STATE_*."""
@@ -428,6 +536,45 @@ class Vcpu(Descriptor):
         """KVM_SMI (x86)."""
         raise not_supported("KVM_SMI")
 
+    def x86_setup_mce(self, mcg_cap: int) -> None:
+        """KVM_X86_SETUP_MCE (x86): banks and features of machine check, as MSR_IA32_MCG_CAP has them."""
+        raise not_supported("KVM_X86_SETUP_MCE")
+
+    def x86_set_mce(self, mce: x86.kvm_x86_mce) -> None:
+        """KVM_X86_SET_MCE (x86): raise a machine check."""
+        raise not_supported("KVM_X86_SET_MCE")
+
+    def get_nested_state(self) -> bytes:
+        """KVM_GET_NESTED_STATE (x86): kvm_nested_state and what follows it, `size` bytes.
+
+        ``x86.kvm_nested_state.from_buffer_copy`` gives the head.
+        """
+        raise not_supported("KVM_GET_NESTED_STATE")
+
+    def set_nested_state(self, state: bytes) -> None:
+        """KVM_SET_NESTED_STATE (x86). EINVAL: contradictory, or of the other vendor."""
+        raise not_supported("KVM_SET_NESTED_STATE")
+
+    def get_supported_hv_cpuid(self) -> list[x86.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID (x86, KVM_CAP_HYPERV_CPUID): see `Kvm.get_supported_hv_cpuid`."""
+        raise not_supported("KVM_GET_SUPPORTED_HV_CPUID")
+
+    def xen_vcpu_get_attr(self, type: int) -> x86.kvm_xen_vcpu_attr:
+        """KVM_XEN_VCPU_GET_ATTR (x86): `type` is KVM_XEN_VCPU_ATTR_TYPE_*."""
+        raise not_supported("KVM_XEN_VCPU_GET_ATTR")
+
+    def xen_vcpu_set_attr(self, attr: x86.kvm_xen_vcpu_attr) -> None:
+        """KVM_XEN_VCPU_SET_ATTR (x86)."""
+        raise not_supported("KVM_XEN_VCPU_SET_ATTR")
+
+    def memory_encrypt_op(self, command: sev.kvm_tdx_cmd) -> None:
+        """KVM_MEMORY_ENCRYPT_OP on the vCPU (x86, TDX)."""
+        raise not_supported("KVM_MEMORY_ENCRYPT_OP")
+
+    def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> int:
+        """KVM_PRE_FAULT_MEMORY (x86): map guest memory before the guest touches it; the bytes that are left to do, were it interrupted."""
+        raise not_supported("KVM_PRE_FAULT_MEMORY")
+
     def set_signal_mask(self, signals: Iterable[int] | None) -> None:
         """KVM_SET_SIGNAL_MASK: signals blocked during `run`; None keeps the thread's own mask."""
         raise not_supported("KVM_SET_SIGNAL_MASK")
@@ -465,7 +612,7 @@ class Vcpu(Descriptor):
         raise not_supported("KVM_GET_STATS_FD")
 
     def get_one_reg(self, id: int) -> int:
-        """KVM_GET_ONE_REG (arm64): the register as an unsigned number of the size that `id` says."""
+        """KVM_GET_ONE_REG (arm64; x86 since 6.18): the register as an unsigned number of the size that `id` says."""
         raise not_supported("KVM_GET_ONE_REG")
 
     def set_one_reg(self, id: int, value: int) -> None:

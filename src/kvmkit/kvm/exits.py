@@ -199,8 +199,167 @@ class MemoryFault:
 
 
 @dataclass(frozen=True, slots=True)
+class Watchdog:
+    """KVM_EXIT_WATCHDOG. Never seen on x86 or arm64."""
+
+
+@dataclass(frozen=True, slots=True)
+class HypervSynic:
+    """KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_SYNIC: the guest wrote a register of its synthetic interrupt controller."""
+
+    msr: int
+    control: int
+    evt_page: int
+    msg_page: int
+
+
+@dataclass(frozen=True, slots=True)
+class HypervHcall:
+    """KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_HCALL. The answer goes to ``kvm_run.exit.hyperv.u.hcall.result``."""
+
+    input: int
+    params: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HypervSyndbg:
+    """KVM_EXIT_HYPERV, KVM_EXIT_HYPERV_SYNDBG. The answer goes to ``kvm_run.exit.hyperv.u.syndbg.status``."""
+
+    msr: int
+    control: int
+    send_page: int
+    recv_page: int
+    pending_page: int
+
+
+@dataclass(frozen=True, slots=True)
+class XenHcall:
+    """KVM_EXIT_XEN, KVM_EXIT_XEN_HCALL. The answer goes to ``kvm_run.exit.xen.u.hcall.result``."""
+
+    longmode: bool
+    cpl: int
+    input: int
+    params: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tdx:
+    """KVM_EXIT_TDX: TDVMCALL `nr`, whose arguments are in ``kvm_run.exit.tdx`` and whose answer goes to a ``ret`` there."""
+
+    flags: int
+    nr: int
+
+
+# What other architectures' KVMs exit with: named and typed, for the interface is one.
+
+
+@dataclass(frozen=True, slots=True)
+class S390Sieic:
+    """KVM_EXIT_S390_SIEIC."""
+
+    icptcode: int
+    ipa: int
+    ipb: int
+
+
+@dataclass(frozen=True, slots=True)
+class S390Reset:
+    """KVM_EXIT_S390_RESET."""
+
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class S390Ucontrol:
+    """KVM_EXIT_S390_UCONTROL."""
+
+    trans_exc_code: int
+    pgm_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class S390Tsch:
+    """KVM_EXIT_S390_TSCH."""
+
+    subchannel_id: int
+    subchannel_nr: int
+    io_int_parm: int
+    io_int_word: int
+    ipb: int
+    dequeued: bool
+
+
+@dataclass(frozen=True, slots=True)
+class S390Stsi:
+    """KVM_EXIT_S390_STSI."""
+
+    addr: int
+    ar: int
+    fc: int
+    sel1: int
+    sel2: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dcr:
+    """KVM_EXIT_DCR (ppc)."""
+
+    dcrn: int
+    data: int
+    is_write: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Osi:
+    """KVM_EXIT_OSI (ppc)."""
+
+    gprs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PaprHcall:
+    """KVM_EXIT_PAPR_HCALL (ppc). The answer goes to ``kvm_run.exit.papr_hcall.ret``."""
+
+    nr: int
+    args: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Epr:
+    """KVM_EXIT_EPR (ppc). The answer goes to ``kvm_run.exit.epr.epr``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RiscvSbi:
+    """KVM_EXIT_RISCV_SBI. The answer goes to ``kvm_run.exit.riscv_sbi.ret``."""
+
+    extension_id: int
+    function_id: int
+    args: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RiscvCsr:
+    """KVM_EXIT_RISCV_CSR. The answer goes to ``kvm_run.exit.riscv_csr.ret_value``."""
+
+    csr_num: int
+    new_value: int
+    write_mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoongarchIocsr:
+    """KVM_EXIT_LOONGARCH_IOCSR: `data` is as in `Mmio`."""
+
+    phys_addr: int
+    len: int
+    is_write: bool
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown:
-    """Any other exit reason. `hardware_exit_reason` is meaningful for KVM_EXIT_UNKNOWN alone."""
+    """KVM_EXIT_UNKNOWN, or a reason newer than kvmkit. `hardware_exit_reason` is meaningful for KVM_EXIT_UNKNOWN alone."""
 
     reason: int
     hardware_exit_reason: int
@@ -236,6 +395,24 @@ Exit = (
     | BusLock
     | Notify
     | MemoryFault
+    | Watchdog
+    | HypervSynic
+    | HypervHcall
+    | HypervSyndbg
+    | XenHcall
+    | Tdx
+    | S390Sieic
+    | S390Reset
+    | S390Ucontrol
+    | S390Tsch
+    | S390Stsi
+    | Dcr
+    | Osi
+    | PaprHcall
+    | Epr
+    | RiscvSbi
+    | RiscvCsr
+    | LoongarchIocsr
     | Unknown
 )
 
@@ -274,6 +451,62 @@ def _hypercall(run: Any, _area: memoryview) -> Exit:
     return Hypercall(call.nr, tuple(call.args), call.flags)
 
 
+def _hyperv(run: Any, _area: memoryview) -> Exit:
+    u = run.exit.hyperv.u
+    match run.exit.hyperv.type:
+        case c.KVM_EXIT_HYPERV_SYNIC:
+            return HypervSynic(u.synic.msr, u.synic.control, u.synic.evt_page, u.synic.msg_page)
+        case c.KVM_EXIT_HYPERV_HCALL:
+            return HypervHcall(u.hcall.input, tuple(u.hcall.params))
+        case c.KVM_EXIT_HYPERV_SYNDBG:
+            debug = u.syndbg
+            return HypervSyndbg(
+                debug.msr, debug.control, debug.send_page, debug.recv_page, debug.pending_page
+            )
+    return _unknown(run)
+
+
+def _xen(run: Any, _area: memoryview) -> Exit:
+    if run.exit.xen.type != c.KVM_EXIT_XEN_HCALL:
+        return _unknown(run)
+    call = run.exit.xen.u.hcall
+    return XenHcall(bool(call.longmode), call.cpl, call.input, tuple(call.params))
+
+
+def _s390_tsch(run: Any, _area: memoryview) -> Exit:
+    tsch = run.exit.s390_tsch
+    return S390Tsch(
+        tsch.subchannel_id,
+        tsch.subchannel_nr,
+        tsch.io_int_parm,
+        tsch.io_int_word,
+        tsch.ipb,
+        bool(tsch.dequeued),
+    )
+
+
+def _s390_stsi(run: Any, _area: memoryview) -> Exit:
+    stsi = run.exit.s390_stsi
+    return S390Stsi(stsi.addr, stsi.ar, stsi.fc, stsi.sel1, stsi.sel2)
+
+
+def _sbi(run: Any, _area: memoryview) -> Exit:
+    call = run.exit.riscv_sbi
+    return RiscvSbi(call.extension_id, call.function_id, tuple(call.args))
+
+
+def _iocsr(run: Any, area: memoryview) -> Exit:
+    access = run.exit.iocsr_io
+    length = access.len
+    return LoongarchIocsr(
+        access.phys_addr, length, bool(access.is_write), area[_MMIO_DATA : _MMIO_DATA + length]
+    )
+
+
+def _unknown(run: Any) -> Exit:
+    return Unknown(run.exit_reason, run.exit.hw.hardware_exit_reason)
+
+
 def _always(exit_: Exit) -> Callable[[Any, memoryview], Exit]:
     return lambda _run, _area: exit_
 
@@ -309,6 +542,28 @@ _DECODERS: dict[int, Callable[[Any, memoryview], Exit]] = {
     c.KVM_EXIT_MEMORY_FAULT: lambda run, _: MemoryFault(
         run.exit.memory_fault.flags, run.exit.memory_fault.gpa, run.exit.memory_fault.size
     ),
+    c.KVM_EXIT_WATCHDOG: _always(Watchdog()),
+    c.KVM_EXIT_HYPERV: _hyperv,
+    c.KVM_EXIT_XEN: _xen,
+    c.KVM_EXIT_TDX: lambda run, _: Tdx(run.exit.tdx.flags, run.exit.tdx.nr),
+    c.KVM_EXIT_S390_SIEIC: lambda run, _: S390Sieic(
+        run.exit.s390_sieic.icptcode, run.exit.s390_sieic.ipa, run.exit.s390_sieic.ipb
+    ),
+    c.KVM_EXIT_S390_RESET: lambda run, _: S390Reset(run.exit.s390_reset_flags),
+    c.KVM_EXIT_S390_UCONTROL: lambda run, _: S390Ucontrol(
+        run.exit.s390_ucontrol.trans_exc_code, run.exit.s390_ucontrol.pgm_code
+    ),
+    c.KVM_EXIT_S390_TSCH: _s390_tsch,
+    c.KVM_EXIT_S390_STSI: _s390_stsi,
+    c.KVM_EXIT_DCR: lambda run, _: Dcr(run.exit.dcr.dcrn, run.exit.dcr.data, bool(run.exit.dcr.is_write)),
+    c.KVM_EXIT_OSI: lambda run, _: Osi(tuple(run.exit.osi.gprs)),
+    c.KVM_EXIT_PAPR_HCALL: lambda run, _: PaprHcall(run.exit.papr_hcall.nr, tuple(run.exit.papr_hcall.args)),
+    c.KVM_EXIT_EPR: _always(Epr()),
+    c.KVM_EXIT_RISCV_SBI: _sbi,
+    c.KVM_EXIT_RISCV_CSR: lambda run, _: RiscvCsr(
+        run.exit.riscv_csr.csr_num, run.exit.riscv_csr.new_value, run.exit.riscv_csr.write_mask
+    ),
+    c.KVM_EXIT_LOONGARCH_IOCSR: _iocsr,
 }
 
 
@@ -320,5 +575,5 @@ def decode(run: ctypes.Structure, area: memoryview) -> Exit:
     """
     decoder = _DECODERS.get(run.exit_reason)
     if decoder is None:
-        return Unknown(run.exit_reason, run.exit.hw.hardware_exit_reason)
+        return _unknown(run)
     return decoder(run, area)

@@ -1,4 +1,4 @@
-"""What ``<asm/kvm.h>`` defines on arm64, up to Linux 6.12, and kvm_run as arm64 lays it out."""
+"""What ``<asm/kvm.h>`` defines on arm64, up to Linux 6.18, and kvm_run as arm64 lays it out."""
 
 from ctypes import Array, Structure, Union, c_char, c_uint8, c_uint32, c_uint64
 from typing import Annotated
@@ -216,6 +216,7 @@ class kvm_run_debug(Structure):
 class kvm_run_exit(Union):
     """What `exit_reason` selects in kvm_run."""
 
+    _anonymous_ = ("foreign",)
     hw: common.kvm_run_hw
     fail_entry: common.kvm_run_fail_entry
     ex: common.kvm_run_ex
@@ -223,10 +224,19 @@ class kvm_run_exit(Union):
     debug: kvm_run_debug
     mmio: common.kvm_run_mmio
     hypercall: common.kvm_run_hypercall
+    tpr_access: common.kvm_run_tpr_access
     internal: common.kvm_run_internal
+    emulation_failure: common.kvm_run_emulation_failure
     system_event: common.kvm_run_system_event
+    eoi: common.kvm_run_eoi
+    hyperv: common.kvm_hyperv_exit
     arm_nisv: common.kvm_run_arm_nisv
+    msr: common.kvm_run_msr
+    xen: common.kvm_xen_exit
+    notify: common.kvm_run_notify
     memory_fault: common.kvm_run_memory_fault
+    tdx: common.kvm_run_tdx
+    foreign: common._foreign_exits
     padding: Annotated[Array[c_char], c_char * 256]
 
 
@@ -339,6 +349,25 @@ class kvm_pmu_event_filter(Structure):
     pad: Annotated[Array[c_uint8], c_uint8 * 3]
 
 
+KVM_ARM_TAGS_TO_GUEST = 0
+KVM_ARM_TAGS_FROM_GUEST = 1
+
+
+@struct
+class kvm_arm_copy_mte_tags(Structure):
+    """KVM_ARM_MTE_COPY_TAGS. `addr` is where the tags lie, a byte each for 16 bytes of memory."""
+
+    guest_ipa: u64
+    length: u64
+    addr: u64
+    flags: u64
+    reserved: Annotated[Array[c_uint64], c_uint64 * 2]
+
+
+KVM_ARM_FEATURE_ID_RANGE = 0
+KVM_ARM_FEATURE_ID_RANGE_SIZE = 3 * 8 * 8
+
+
 @struct
 class kvm_smccc_filter(Structure):
     """KVM_ARM_VM_SMCCC_FILTER."""
@@ -352,6 +381,7 @@ class kvm_smccc_filter(Structure):
 # VM ioctls.
 KVM_ARM_SET_DEVICE_ADDR = iow(0xAB, kvm_arm_device_addr)
 KVM_ARM_PREFERRED_TARGET = ior(0xAF, kvm_vcpu_init)
+KVM_ARM_MTE_COPY_TAGS = ior(0xB4, kvm_arm_copy_mte_tags)
 KVM_ARM_SET_COUNTER_OFFSET = iow(0xB5, kvm_arm_counter_offset)
 KVM_ARM_GET_REG_WRITABLE_MASKS = ior(0xB6, reg_mask_range)
 # vCPU ioctls.

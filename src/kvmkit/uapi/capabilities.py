@@ -1,4 +1,4 @@
-"""KVM_CHECK_EXTENSION's capabilities, up to Linux 6.12 (those of s390, ppc, mips and riscv are left out)."""
+"""KVM_CHECK_EXTENSION's capabilities, up to Linux 6.18 (those of s390, ppc, mips and riscv are left out)."""
 
 KVM_CAP_IRQCHIP = 0
 KVM_CAP_HLT = 1
@@ -158,6 +158,11 @@ KVM_CAP_VM_TYPES = 235
 KVM_CAP_PRE_FAULT_MEMORY = 236
 KVM_CAP_X86_APIC_BUS_CYCLES_NS = 237
 KVM_CAP_X86_GUEST_MODE = 238
+KVM_CAP_ARM_WRITABLE_IMP_ID_REGS = 239
+KVM_CAP_ARM_EL2 = 240
+KVM_CAP_ARM_EL2_E2H0 = 241
+KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED = 243
+KVM_CAP_GUEST_MEMFD_FLAGS = 244
 
 CAPABILITIES = {name: value for name, value in list(globals().items()) if name.startswith("KVM_CAP_")}
 """Name → number."""

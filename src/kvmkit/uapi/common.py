@@ -1,4 +1,4 @@
-"""What ``<linux/kvm.h>`` defines for every architecture, up to Linux 6.12.
+"""What ``<linux/kvm.h>`` defines for every architecture, up to Linux 6.18.
 
 A struct that ends in a C flexible array has its head alone here; `kvmkit.kvm` appends the entries.
 """
@@ -10,7 +10,7 @@ from kvmkit.uapi.layout import io, ior, iow, iowr, s16, s32, struct, u8, u16, u3
 
 KVM_API_VERSION = 12
 
-# Exit reasons, kvm_run.exit_reason (those of s390, ppc and riscv are left out).
+# Exit reasons, kvm_run.exit_reason.
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_EXCEPTION = 1
 KVM_EXIT_IO = 2
@@ -24,10 +24,19 @@ KVM_EXIT_FAIL_ENTRY = 9
 KVM_EXIT_INTR = 10
 KVM_EXIT_SET_TPR = 11
 KVM_EXIT_TPR_ACCESS = 12
+KVM_EXIT_S390_SIEIC = 13
+KVM_EXIT_S390_RESET = 14
+KVM_EXIT_DCR = 15
 KVM_EXIT_NMI = 16
 KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_OSI = 18
+KVM_EXIT_PAPR_HCALL = 19
+KVM_EXIT_S390_UCONTROL = 20
 KVM_EXIT_WATCHDOG = 21
+KVM_EXIT_S390_TSCH = 22
+KVM_EXIT_EPR = 23
 KVM_EXIT_SYSTEM_EVENT = 24
+KVM_EXIT_S390_STSI = 25
 KVM_EXIT_IOAPIC_EOI = 26
 KVM_EXIT_HYPERV = 27
 KVM_EXIT_ARM_NISV = 28
@@ -37,8 +46,12 @@ KVM_EXIT_DIRTY_RING_FULL = 31
 KVM_EXIT_AP_RESET_HOLD = 32
 KVM_EXIT_X86_BUS_LOCK = 33
 KVM_EXIT_XEN = 34
+KVM_EXIT_RISCV_SBI = 35
+KVM_EXIT_RISCV_CSR = 36
 KVM_EXIT_NOTIFY = 37
+KVM_EXIT_LOONGARCH_IOCSR = 38
 KVM_EXIT_MEMORY_FAULT = 39
+KVM_EXIT_TDX = 40
 
 EXIT_REASONS = {value: name for name, value in list(globals().items()) if name.startswith("KVM_EXIT_")}
 """Exit reason → its name."""
@@ -58,6 +71,7 @@ KVM_SYSTEM_EVENT_CRASH = 3
 KVM_SYSTEM_EVENT_WAKEUP = 4
 KVM_SYSTEM_EVENT_SUSPEND = 5
 KVM_SYSTEM_EVENT_SEV_TERM = 6
+KVM_SYSTEM_EVENT_TDX_FATAL = 7
 
 KVM_MSR_EXIT_REASON_INVAL = 1 << 0
 KVM_MSR_EXIT_REASON_UNKNOWN = 1 << 1
@@ -204,6 +218,248 @@ class kvm_run_memory_fault(Structure):
     size: u64
 
 
+KVM_EXIT_HYPERV_SYNIC = 1
+KVM_EXIT_HYPERV_HCALL = 2
+KVM_EXIT_HYPERV_SYNDBG = 3
+
+
+@struct
+class _hyperv_synic(Structure):
+    msr: u32
+    pad2: u32
+    control: u64
+    evt_page: u64
+    msg_page: u64
+
+
+@struct
+class _hyperv_hcall(Structure):
+    input: u64
+    result: u64
+    params: Annotated[Array[c_uint64], c_uint64 * 2]
+
+
+@struct
+class _hyperv_syndbg(Structure):
+    msr: u32
+    pad2: u32
+    control: u64
+    status: u64
+    send_page: u64
+    recv_page: u64
+    pending_page: u64
+
+
+@struct
+class _hyperv_union(Union):
+    synic: _hyperv_synic
+    hcall: _hyperv_hcall
+    syndbg: _hyperv_syndbg
+
+
+@struct
+class kvm_hyperv_exit(Structure):
+    """KVM_EXIT_HYPERV. `type` is one of KVM_EXIT_HYPERV_* and selects the member of `u`."""
+
+    type: u32
+    pad1: u32
+    u: _hyperv_union
+
+
+KVM_EXIT_XEN_HCALL = 1
+
+
+@struct
+class _xen_hcall(Structure):
+    longmode: u32
+    cpl: u32
+    input: u64
+    result: u64
+    params: Annotated[Array[c_uint64], c_uint64 * 6]
+
+
+@struct
+class _xen_union(Union):
+    hcall: _xen_hcall
+
+
+@struct
+class kvm_xen_exit(Structure):
+    """KVM_EXIT_XEN. `type` is KVM_EXIT_XEN_HCALL."""
+
+    type: u32
+    u: _xen_union
+
+
+@struct
+class _tdx_unknown(Structure):
+    ret: u64
+    data: Annotated[Array[c_uint64], c_uint64 * 5]
+
+
+@struct
+class _tdx_get_quote(Structure):
+    ret: u64
+    gpa: u64
+    size: u64
+
+
+@struct
+class _tdx_get_tdvmcall_info(Structure):
+    ret: u64
+    leaf: u64
+    r11: u64
+    r12: u64
+    r13: u64
+    r14: u64
+
+
+@struct
+class _tdx_setup_event_notify(Structure):
+    ret: u64
+    vector: u64
+
+
+@struct
+class _tdx_union(Union):
+    unknown: _tdx_unknown
+    get_quote: _tdx_get_quote
+    get_tdvmcall_info: _tdx_get_tdvmcall_info
+    setup_event_notify: _tdx_setup_event_notify
+
+
+@struct
+class kvm_run_tdx(Structure):
+    """KVM_EXIT_TDX. `nr` is the TDVMCALL and selects the member; `ret` of each is the answer."""
+
+    _anonymous_ = ("u",)
+    flags: u64
+    nr: u64
+    u: _tdx_union
+
+
+# What other architectures' KVMs exit with.
+
+
+@struct
+class kvm_run_s390_sieic(Structure):
+    """KVM_EXIT_S390_SIEIC."""
+
+    icptcode: u8
+    ipa: u16
+    ipb: u32
+
+
+@struct
+class kvm_run_s390_ucontrol(Structure):
+    """KVM_EXIT_S390_UCONTROL."""
+
+    trans_exc_code: u64
+    pgm_code: u32
+
+
+@struct
+class kvm_run_s390_tsch(Structure):
+    """KVM_EXIT_S390_TSCH."""
+
+    subchannel_id: u16
+    subchannel_nr: u16
+    io_int_parm: u32
+    io_int_word: u32
+    ipb: u32
+    dequeued: u8
+
+
+@struct
+class kvm_run_s390_stsi(Structure):
+    """KVM_EXIT_S390_STSI."""
+
+    addr: u64
+    ar: u8
+    reserved: u8
+    fc: u8
+    sel1: u8
+    sel2: u16
+
+
+@struct
+class kvm_run_dcr(Structure):
+    """KVM_EXIT_DCR (ppc)."""
+
+    dcrn: u32
+    data: u32
+    is_write: u8
+
+
+@struct
+class kvm_run_osi(Structure):
+    """KVM_EXIT_OSI (ppc)."""
+
+    gprs: Annotated[Array[c_uint64], c_uint64 * 32]
+
+
+@struct
+class kvm_run_papr_hcall(Structure):
+    """KVM_EXIT_PAPR_HCALL (ppc)."""
+
+    nr: u64
+    ret: u64
+    args: Annotated[Array[c_uint64], c_uint64 * 9]
+
+
+@struct
+class kvm_run_epr(Structure):
+    """KVM_EXIT_EPR (ppc)."""
+
+    epr: u32
+
+
+@struct
+class kvm_run_riscv_sbi(Structure):
+    """KVM_EXIT_RISCV_SBI."""
+
+    extension_id: u64
+    function_id: u64
+    args: Annotated[Array[c_uint64], c_uint64 * 6]
+    ret: Annotated[Array[c_uint64], c_uint64 * 2]
+
+
+@struct
+class kvm_run_riscv_csr(Structure):
+    """KVM_EXIT_RISCV_CSR."""
+
+    csr_num: u64
+    new_value: u64
+    write_mask: u64
+    ret_value: u64
+
+
+@struct
+class kvm_run_iocsr_io(Structure):
+    """KVM_EXIT_LOONGARCH_IOCSR."""
+
+    phys_addr: u64
+    data: Annotated[Array[c_uint8], c_uint8 * 8]
+    len: u32
+    is_write: u8
+
+
+@struct
+class _foreign_exits(Union):
+    s390_sieic: kvm_run_s390_sieic
+    s390_reset_flags: u64
+    s390_ucontrol: kvm_run_s390_ucontrol
+    s390_tsch: kvm_run_s390_tsch
+    s390_stsi: kvm_run_s390_stsi
+    dcr: kvm_run_dcr
+    osi: kvm_run_osi
+    papr_hcall: kvm_run_papr_hcall
+    epr: kvm_run_epr
+    riscv_sbi: kvm_run_riscv_sbi
+    riscv_csr: kvm_run_riscv_csr
+    iocsr_io: kvm_run_iocsr_io
+
+
 # Memory.
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
@@ -284,6 +540,10 @@ class kvm_clear_dirty_log(Structure):
     first_page: u64
     dirty_bitmap: u64
 
+
+# Flags of KVM_CREATE_GUEST_MEMFD (KVM_CAP_GUEST_MEMFD_FLAGS).
+GUEST_MEMFD_FLAG_MMAP = 1 << 0
+GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1
 
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
 KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
@@ -367,6 +627,8 @@ class kvm_interrupt(Structure):
 
 KVM_IRQ_ROUTING_IRQCHIP = 1
 KVM_IRQ_ROUTING_MSI = 2
+KVM_IRQ_ROUTING_HV_SINT = 4
+KVM_IRQ_ROUTING_XEN_EVTCHN = 5
 
 
 @struct
@@ -388,9 +650,31 @@ class kvm_irq_routing_msi(Structure):
 
 
 @struct
+class kvm_irq_routing_hv_sint(Structure):
+    """A GSI that raises a synthetic interrupt source of Hyper-V's."""
+
+    vcpu: u32
+    sint: u32
+
+
+KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL = 0xFFFFFFFF
+
+
+@struct
+class kvm_irq_routing_xen_evtchn(Structure):
+    """A GSI that is a Xen event channel; also KVM_XEN_HVM_EVTCHN_SEND."""
+
+    port: u32
+    vcpu: u32
+    priority: u32
+
+
+@struct
 class _irq_routing_union(Union):
     irqchip: kvm_irq_routing_irqchip
     msi: kvm_irq_routing_msi
+    hv_sint: kvm_irq_routing_hv_sint
+    xen_evtchn: kvm_irq_routing_xen_evtchn
     pad: Annotated[Array[c_uint32], c_uint32 * 8]
 
 
@@ -579,6 +863,27 @@ class kvm_device_attr(Structure):
     group: u32
     attr: u64
     addr: u64
+
+
+KVM_DEV_VFIO_FILE = 1
+KVM_DEV_VFIO_FILE_ADD = 1
+KVM_DEV_VFIO_FILE_DEL = 2
+
+KVM_STATS_TYPE_MASK = 0xF
+KVM_STATS_TYPE_CUMULATIVE = 0x0
+KVM_STATS_TYPE_INSTANT = 0x1
+KVM_STATS_TYPE_PEAK = 0x2
+KVM_STATS_TYPE_LINEAR_HIST = 0x3
+KVM_STATS_TYPE_LOG_HIST = 0x4
+KVM_STATS_UNIT_MASK = 0xF0
+KVM_STATS_UNIT_NONE = 0x00
+KVM_STATS_UNIT_BYTES = 0x10
+KVM_STATS_UNIT_SECONDS = 0x20
+KVM_STATS_UNIT_CYCLES = 0x30
+KVM_STATS_UNIT_BOOLEAN = 0x40
+KVM_STATS_BASE_MASK = 0xF00
+KVM_STATS_BASE_POW10 = 0x000
+KVM_STATS_BASE_POW2 = 0x100
 
 
 @struct

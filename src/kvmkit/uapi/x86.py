@@ -1,10 +1,10 @@
-"""What ``<asm/kvm.h>`` and ``<asm/kvm_para.h>`` define on x86, up to Linux 6.12, and kvm_run as x86 lays it out."""
+"""What ``<asm/kvm.h>`` and ``<asm/kvm_para.h>`` define on x86, up to Linux 6.18, and kvm_run as x86 lays it out."""
 
 from ctypes import Array, Structure, Union, c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Annotated
 
 from kvmkit.uapi import common
-from kvmkit.uapi.layout import io, ior, iow, iowr, s64, struct, u8, u16, u32, u64
+from kvmkit.uapi.layout import io, ior, iow, iowr, s32, s64, struct, u8, u16, u32, u64
 
 KVM_PIO_PAGE_OFFSET = 1
 KVM_COALESCED_MMIO_PAGE_OFFSET = 2
@@ -383,6 +383,26 @@ class kvm_msr_filter(Structure):
     ranges: Annotated[Array[kvm_msr_filter_range], kvm_msr_filter_range * KVM_MSR_FILTER_MAX_RANGES]
 
 
+@struct
+class kvm_cpuid_entry(Structure):
+    """One CPUID leaf of KVM_SET_CPUID, which knows no sub-leaves."""
+
+    function: u32
+    eax: u32
+    ebx: u32
+    ecx: u32
+    edx: u32
+    padding: u32
+
+
+@struct
+class kvm_cpuid(Structure):
+    """The head of KVM_SET_CPUID; `nent` kvm_cpuid_entry follow."""
+
+    nent: u32
+    padding: u32
+
+
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
 KVM_CPUID_FLAG_STATEFUL_FUNC = 1 << 1
 KVM_CPUID_FLAG_STATE_READ_NEXT = 1 << 2
@@ -536,6 +556,282 @@ class kvm_vapic_addr(Structure):
     vapic_addr: u64
 
 
+@struct
+class kvm_x86_mce(Structure):
+    """KVM_X86_SET_MCE: a machine check to raise."""
+
+    status: u64
+    addr: u64
+    misc: u64
+    mcg_status: u64
+    bank: u8
+    pad1: Annotated[Array[c_uint8], c_uint8 * 7]
+    pad2: Annotated[Array[c_uint64], c_uint64 * 3]
+
+
+KVM_PMU_EVENT_ALLOW = 0
+KVM_PMU_EVENT_DENY = 1
+KVM_PMU_EVENT_FLAG_MASKED_EVENTS = 1 << 0
+KVM_PMU_CAP_DISABLE = 1 << 0
+
+
+@struct
+class kvm_pmu_event_filter(Structure):
+    """The head of KVM_SET_PMU_EVENT_FILTER; `nevents` __u64 follow."""
+
+    action: u32
+    nevents: u32
+    fixed_counter_bitmap: u32
+    flags: u32
+    pad: Annotated[Array[c_uint32], c_uint32 * 4]
+
+
+# Nested virtualization.
+KVM_STATE_NESTED_FORMAT_VMX = 0
+KVM_STATE_NESTED_FORMAT_SVM = 1
+KVM_STATE_NESTED_GUEST_MODE = 0x1
+KVM_STATE_NESTED_RUN_PENDING = 0x2
+KVM_STATE_NESTED_EVMCS = 0x4
+KVM_STATE_NESTED_MTF_PENDING = 0x8
+KVM_STATE_NESTED_GIF_SET = 0x100
+KVM_STATE_NESTED_SMM_GUEST_MODE = 0x1
+KVM_STATE_NESTED_SMM_VMXON = 0x2
+KVM_STATE_NESTED_VMX_VMCS_SIZE = 0x1000
+KVM_STATE_NESTED_SVM_VMCB_SIZE = 0x1000
+KVM_STATE_VMX_PREEMPTION_TIMER_DEADLINE = 0x1
+
+
+@struct
+class kvm_vmx_nested_state_data(Structure):
+    """What follows kvm_nested_state with KVM_STATE_NESTED_FORMAT_VMX."""
+
+    vmcs12: Annotated[Array[c_uint8], c_uint8 * KVM_STATE_NESTED_VMX_VMCS_SIZE]
+    shadow_vmcs12: Annotated[Array[c_uint8], c_uint8 * KVM_STATE_NESTED_VMX_VMCS_SIZE]
+
+
+@struct
+class kvm_svm_nested_state_data(Structure):
+    """What follows kvm_nested_state with KVM_STATE_NESTED_FORMAT_SVM."""
+
+    vmcb12: Annotated[Array[c_uint8], c_uint8 * KVM_STATE_NESTED_SVM_VMCB_SIZE]
+
+
+@struct
+class _vmx_smm(Structure):
+    flags: u16
+
+
+@struct
+class kvm_vmx_nested_state_hdr(Structure):
+    """`kvm_nested_state.hdr.vmx`."""
+
+    vmxon_pa: u64
+    vmcs12_pa: u64
+    smm: _vmx_smm
+    pad: u16
+    flags: u32
+    preemption_timer_deadline: u64
+
+
+@struct
+class kvm_svm_nested_state_hdr(Structure):
+    """`kvm_nested_state.hdr.svm`."""
+
+    vmcb_pa: u64
+
+
+@struct
+class _nested_hdr(Union):
+    vmx: kvm_vmx_nested_state_hdr
+    svm: kvm_svm_nested_state_hdr
+    pad: Annotated[Array[c_uint8], c_uint8 * 120]
+
+
+@struct
+class kvm_nested_state(Structure):
+    """The head of KVM_GET_NESTED_STATE and KVM_SET_NESTED_STATE; `size` counts it and the data that follow."""
+
+    flags: u16
+    format: u16
+    size: u32
+    hdr: _nested_hdr
+
+
+# Hyper-V.
+KVM_HYPERV_CONN_ID_MASK = 0x00FFFFFF
+KVM_HYPERV_EVENTFD_DEASSIGN = 1 << 0
+
+
+@struct
+class kvm_hyperv_eventfd(Structure):
+    """KVM_HYPERV_EVENTFD."""
+
+    conn_id: u32
+    fd: s32
+    flags: u32
+    padding: Annotated[Array[c_uint32], c_uint32 * 3]
+
+
+# Xen. KVM_CAP_XEN_HVM gives the flags.
+KVM_XEN_HVM_CONFIG_HYPERCALL_MSR = 1 << 0
+KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL = 1 << 1
+KVM_XEN_HVM_CONFIG_SHARED_INFO = 1 << 2
+KVM_XEN_HVM_CONFIG_RUNSTATE = 1 << 3
+KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL = 1 << 4
+KVM_XEN_HVM_CONFIG_EVTCHN_SEND = 1 << 5
+KVM_XEN_HVM_CONFIG_RUNSTATE_UPDATE_FLAG = 1 << 6
+KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE = 1 << 7
+KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA = 1 << 8
+
+
+@struct
+class kvm_xen_hvm_config(Structure):
+    """KVM_XEN_HVM_CONFIG."""
+
+    flags: u32
+    msr: u32
+    blob_addr_32: u64
+    blob_addr_64: u64
+    blob_size_32: u8
+    blob_size_64: u8
+    pad2: Annotated[Array[c_uint8], c_uint8 * 30]
+
+
+KVM_XEN_INVALID_GFN = 0xFFFFFFFFFFFFFFFF
+KVM_XEN_EVTCHN_DEASSIGN = 1 << 0
+KVM_XEN_EVTCHN_UPDATE = 1 << 1
+KVM_XEN_EVTCHN_RESET = 1 << 2
+KVM_XEN_ATTR_TYPE_LONG_MODE = 0x0
+KVM_XEN_ATTR_TYPE_SHARED_INFO = 0x1
+KVM_XEN_ATTR_TYPE_UPCALL_VECTOR = 0x2
+KVM_XEN_ATTR_TYPE_EVTCHN = 0x3
+KVM_XEN_ATTR_TYPE_XEN_VERSION = 0x4
+KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG = 0x5
+KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA = 0x6
+
+
+@struct
+class _xen_shared_info(Union):
+    gfn: u64
+    hva: u64
+
+
+@struct
+class _xen_evtchn_port(Structure):
+    port: u32
+    vcpu: u32
+    priority: u32
+
+
+@struct
+class _xen_evtchn_eventfd(Structure):
+    port: u32
+    fd: s32
+
+
+@struct
+class _xen_evtchn_deliver(Union):
+    port: _xen_evtchn_port
+    eventfd: _xen_evtchn_eventfd
+    padding: Annotated[Array[c_uint32], c_uint32 * 4]
+
+
+@struct
+class _xen_evtchn(Structure):
+    send_port: u32
+    type: u32
+    flags: u32
+    deliver: _xen_evtchn_deliver
+
+
+@struct
+class _xen_hvm_attr_union(Union):
+    long_mode: u8
+    vector: u8
+    runstate_update_flag: u8
+    shared_info: _xen_shared_info
+    evtchn: _xen_evtchn
+    xen_version: u32
+    pad: Annotated[Array[c_uint64], c_uint64 * 8]
+
+
+@struct
+class kvm_xen_hvm_attr(Structure):
+    """KVM_XEN_HVM_GET_ATTR and KVM_XEN_HVM_SET_ATTR. `type` (KVM_XEN_ATTR_TYPE_*) selects the member of `u`."""
+
+    type: u16
+    pad: Annotated[Array[c_uint16], c_uint16 * 3]
+    u: _xen_hvm_attr_union
+
+
+KVM_XEN_INVALID_GPA = 0xFFFFFFFFFFFFFFFF
+KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO = 0x0
+KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO = 0x1
+KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR = 0x2
+KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT = 0x3
+KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA = 0x4
+KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST = 0x5
+KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID = 0x6
+KVM_XEN_VCPU_ATTR_TYPE_TIMER = 0x7
+KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR = 0x8
+KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA = 0x9
+
+
+@struct
+class _xen_runstate(Structure):
+    state: u64
+    state_entry_time: u64
+    time_running: u64
+    time_runnable: u64
+    time_blocked: u64
+    time_offline: u64
+
+
+@struct
+class _xen_timer(Structure):
+    port: u32
+    priority: u32
+    expires_ns: u64
+
+
+@struct
+class _xen_vcpu_attr_union(Union):
+    gpa: u64
+    hva: u64
+    pad: Annotated[Array[c_uint64], c_uint64 * 8]
+    runstate: _xen_runstate
+    vcpu_id: u32
+    timer: _xen_timer
+    vector: u8
+
+
+@struct
+class kvm_xen_vcpu_attr(Structure):
+    """KVM_XEN_VCPU_GET_ATTR and KVM_XEN_VCPU_SET_ATTR. `type` (KVM_XEN_VCPU_ATTR_TYPE_*) selects the member of `u`."""
+
+    type: u16
+    pad: Annotated[Array[c_uint16], c_uint16 * 3]
+    u: _xen_vcpu_attr_union
+
+
+# KVM_CREATE_VM's types (KVM_CAP_VM_TYPES).
+KVM_X86_DEFAULT_VM = 0
+KVM_X86_SW_PROTECTED_VM = 1
+KVM_X86_SEV_VM = 2
+KVM_X86_SEV_ES_VM = 3
+KVM_X86_SNP_VM = 4
+KVM_X86_TDX_VM = 5
+
+KVM_EXIT_HYPERCALL_LONG_MODE = 1 << 0
+KVM_BUS_LOCK_DETECTION_OFF = 1 << 0
+KVM_BUS_LOCK_DETECTION_EXIT = 1 << 1
+KVM_X86_NOTIFY_VMEXIT_ENABLED = 1 << 0
+KVM_X86_NOTIFY_VMEXIT_USER = 1 << 1
+
+# Device attributes of the system descriptor.
+KVM_X86_GRP_SYSTEM = 0
+KVM_X86_GRP_SEV = 1
+KVM_X86_SEV_VMSA_FEATURES = 0
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 KVM_X86_XCOMP_GUEST_SUPP = 0
@@ -573,6 +869,7 @@ class kvm_run_debug(Structure):
 class kvm_run_exit(Union):
     """What `exit_reason` selects in kvm_run."""
 
+    _anonymous_ = ("foreign",)
     hw: common.kvm_run_hw
     fail_entry: common.kvm_run_fail_entry
     ex: common.kvm_run_ex
@@ -585,9 +882,14 @@ class kvm_run_exit(Union):
     emulation_failure: common.kvm_run_emulation_failure
     system_event: common.kvm_run_system_event
     eoi: common.kvm_run_eoi
+    hyperv: common.kvm_hyperv_exit
+    arm_nisv: common.kvm_run_arm_nisv
     msr: common.kvm_run_msr
+    xen: common.kvm_xen_exit
     notify: common.kvm_run_notify
     memory_fault: common.kvm_run_memory_fault
+    tdx: common.kvm_run_tdx
+    foreign: common._foreign_exits
     padding: Annotated[Array[c_char], c_char * 256]
 
 
@@ -618,6 +920,9 @@ KVM_X86_QUIRK_OUT_7E_INC_RIP = 1 << 3
 KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT = 1 << 4
 KVM_X86_QUIRK_FIX_HYPERCALL_INSN = 1 << 5
 KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS = 1 << 6
+KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
+KVM_X86_QUIRK_STUFF_FEATURE_MSRS = 1 << 8
+KVM_X86_QUIRK_IGNORE_GUEST_PAT = 1 << 9
 
 KVM_X86_DISABLE_EXITS_MWAIT = 1 << 0
 KVM_X86_DISABLE_EXITS_HLT = 1 << 1
@@ -662,6 +967,8 @@ KVM_GET_MSR_INDEX_LIST = iowr(0x02, kvm_msr_list)
 KVM_GET_SUPPORTED_CPUID = iowr(0x05, kvm_cpuid2)
 KVM_GET_EMULATED_CPUID = iowr(0x09, kvm_cpuid2)
 KVM_GET_MSR_FEATURE_INDEX_LIST = iowr(0x0A, kvm_msr_list)
+KVM_GET_SUPPORTED_HV_CPUID = iowr(0xC1, kvm_cpuid2)  # also of a vCPU
+KVM_X86_GET_MCE_CAP_SUPPORTED = ior(0x9D, c_uint64)
 # VM ioctls.
 KVM_SET_NR_MMU_PAGES = io(0x44)
 KVM_GET_NR_MMU_PAGES = io(0x45)
@@ -677,9 +984,15 @@ KVM_CREATE_PIT2 = iow(0x77, kvm_pit_config)
 KVM_SET_BOOT_CPU_ID = io(0x78)
 KVM_SET_CLOCK = iow(0x7B, common.kvm_clock_data)
 KVM_GET_CLOCK = ior(0x7C, common.kvm_clock_data)
+KVM_XEN_HVM_CONFIG = iow(0x7A, kvm_xen_hvm_config)
 KVM_GET_PIT2 = ior(0x9F, kvm_pit_state2)
 KVM_SET_PIT2 = iow(0xA0, kvm_pit_state2)
 KVM_X86_SET_MSR_FILTER = iow(0xC6, kvm_msr_filter)
+KVM_SET_PMU_EVENT_FILTER = iow(0xB2, kvm_pmu_event_filter)
+KVM_HYPERV_EVENTFD = iow(0xBD, kvm_hyperv_eventfd)
+KVM_XEN_HVM_GET_ATTR = iowr(0xC8, kvm_xen_hvm_attr)
+KVM_XEN_HVM_SET_ATTR = iow(0xC9, kvm_xen_hvm_attr)
+KVM_XEN_HVM_EVTCHN_SEND = iow(0xD0, common.kvm_irq_routing_xen_evtchn)
 # VM and vCPU ioctls.
 KVM_SET_TSC_KHZ = io(0xA2)
 KVM_GET_TSC_KHZ = io(0xA3)
@@ -696,12 +1009,15 @@ KVM_GET_FPU = ior(0x8C, kvm_fpu)
 KVM_SET_FPU = iow(0x8D, kvm_fpu)
 KVM_GET_LAPIC = ior(0x8E, kvm_lapic_state)
 KVM_SET_LAPIC = iow(0x8F, kvm_lapic_state)
+KVM_SET_CPUID = iow(0x8A, kvm_cpuid)
 KVM_SET_CPUID2 = iow(0x90, kvm_cpuid2)
 KVM_GET_CPUID2 = iowr(0x91, kvm_cpuid2)
 KVM_TPR_ACCESS_REPORTING = iowr(0x92, kvm_tpr_access_ctl)
 KVM_SET_VAPIC_ADDR = iow(0x93, kvm_vapic_addr)
 KVM_NMI = io(0x9A)
 KVM_SET_GUEST_DEBUG = iow(0x9B, kvm_guest_debug)
+KVM_X86_SETUP_MCE = iow(0x9C, c_uint64)
+KVM_X86_SET_MCE = iow(0x9E, kvm_x86_mce)
 KVM_GET_VCPU_EVENTS = ior(0x9F, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = iow(0xA0, kvm_vcpu_events)
 KVM_GET_DEBUGREGS = ior(0xA1, kvm_debugregs)
@@ -713,3 +1029,7 @@ KVM_GET_XCRS = ior(0xA6, kvm_xcrs)
 KVM_SET_XCRS = iow(0xA7, kvm_xcrs)
 KVM_KVMCLOCK_CTRL = io(0xAD)
 KVM_SMI = io(0xB7)
+KVM_GET_NESTED_STATE = iowr(0xBE, kvm_nested_state)
+KVM_SET_NESTED_STATE = iow(0xBF, kvm_nested_state)
+KVM_XEN_VCPU_GET_ATTR = iowr(0xCA, kvm_xen_vcpu_attr)
+KVM_XEN_VCPU_SET_ATTR = iow(0xCB, kvm_xen_vcpu_attr)

@@ -1,10 +1,8 @@
 """The arm64 part of the kernel's KVM (``arch/arm64/kvm``)."""
 
 import ctypes
-import errno
 
 from kvmkit.kvm.linux import main
-from kvmkit.kvm.linux.main import Flexible
 from kvmkit.uapi import arm64 as a
 from kvmkit.uapi import common as c
 from kvmkit.uapi import x86
@@ -39,38 +37,21 @@ class Vm(main.Vm):
         """KVM_ARM_SET_COUNTER_OFFSET."""
         self._ioctl(a.KVM_ARM_SET_COUNTER_OFFSET, a.kvm_arm_counter_offset(counter_offset))
 
+    def arm_get_reg_writable_masks(self, range: int = a.KVM_ARM_FEATURE_ID_RANGE) -> list[int]:
+        """KVM_ARM_GET_REG_WRITABLE_MASKS."""
+        masks = (ctypes.c_uint64 * a.KVM_ARM_FEATURE_ID_RANGE_SIZE)()
+        self._ioctl(a.KVM_ARM_GET_REG_WRITABLE_MASKS, a.reg_mask_range(ctypes.addressof(masks), range))
+        return list(masks)
+
+    def arm_mte_copy_tags(self, guest_ipa: int, length: int, addr: int, flags: int) -> int:
+        """KVM_ARM_MTE_COPY_TAGS."""
+        return self._ioctl(a.KVM_ARM_MTE_COPY_TAGS, a.kvm_arm_copy_mte_tags(guest_ipa, length, addr, flags))
+
 
 class Vcpu(main.Vcpu):
     """A virtual processor on arm64."""
 
     run_class = a.kvm_run
-
-    def get_one_reg(self, id: int) -> int:
-        """KVM_GET_ONE_REG."""
-        value = ctypes.create_string_buffer(c.reg_size_bytes(id))
-        self._ioctl(c.KVM_GET_ONE_REG, c.kvm_one_reg(id, ctypes.addressof(value)))
-        return int.from_bytes(value.raw, "little")
-
-    def set_one_reg(self, id: int, value: int) -> None:
-        """KVM_SET_ONE_REG."""
-        size_bytes = c.reg_size_bytes(id)
-        buffer = ctypes.create_string_buffer(value.to_bytes(size_bytes, "little"), size_bytes)
-        self._ioctl(c.KVM_SET_ONE_REG, c.kvm_one_reg(id, ctypes.addressof(buffer)))
-
-    def get_reg_list(self) -> list[int]:
-        """KVM_GET_REG_LIST."""
-        count = 0
-        while True:
-            table = Flexible(c.kvm_reg_list, ctypes.c_uint64, count)
-            table.head.n = count
-            try:
-                self._ioctl(c.KVM_GET_REG_LIST, table.buffer)
-            except OSError as error:
-                if error.errno != errno.E2BIG:
-                    raise
-                count = table.head.n  # the kernel says how many there are
-            else:
-                return list(table.entries[: table.head.n])
 
     def get_vcpu_events(self) -> a.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""

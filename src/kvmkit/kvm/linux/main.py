@@ -14,7 +14,7 @@ from kvmkit.kvm.exits import Exit, Intr, decode
 from kvmkit.uapi import arm64, common, x86
 from kvmkit.uapi import common as c
 from kvmkit.uapi.errors import ioctl_error
-from kvmkit.uapi.layout import KVMIO
+from kvmkit.uapi.ioctls import IOCTLS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
@@ -22,11 +22,12 @@ _libc.syscall.restype = ctypes.c_long
 
 _T = TypeVar("_T", bound=ctypes.Structure)
 
+_ARCHITECTURE = "arm64" if os.uname().machine == "aarch64" else "x86"
 _NAMES = {
-    number: name
-    for module in (x86, arm64, common)
-    for name, number in vars(module).items()
-    if name.startswith("KVM_") and isinstance(number, int) and number >> 8 & 0xFF == KVMIO
+    ioctl.number(arch): ioctl.name
+    for ioctl in IOCTLS
+    for arch in ioctl.architectures
+    if arch == _ARCHITECTURE
 }
 """ioctl number → name. KVM_GET_ONE_REG and KVM_ARM_SET_DEVICE_ADDR share a number; the former wins."""
 
@@ -218,6 +219,14 @@ class Vm(Fd, contract.Vm):
             c.kvm_clear_dirty_log(slot, num_pages, first_page, ctypes.addressof(bitmap)),
         )
 
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        self._ioctl(c.KVM_SET_MEMORY_ATTRIBUTES, c.kvm_memory_attributes(address, size, attributes, flags))
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """KVM_CREATE_GUEST_MEMFD."""
+        return self._ioctl(c.KVM_CREATE_GUEST_MEMFD, c.kvm_create_guest_memfd(size, flags))
+
     def reset_dirty_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS."""
         return self._ioctl(c.KVM_RESET_DIRTY_RINGS)
@@ -363,6 +372,33 @@ class Vcpu(Fd, contract.Vcpu):
         mask.head.len = 8
         mask.entries[:] = sum({1 << (number - 1) for number in signals}).to_bytes(8, "little")
         self._ioctl(c.KVM_SET_SIGNAL_MASK, mask.buffer)
+
+    def get_one_reg(self, id: int) -> int:
+        """KVM_GET_ONE_REG."""
+        value = ctypes.create_string_buffer(c.reg_size_bytes(id))
+        self._ioctl(c.KVM_GET_ONE_REG, c.kvm_one_reg(id, ctypes.addressof(value)))
+        return int.from_bytes(value.raw, "little")
+
+    def set_one_reg(self, id: int, value: int) -> None:
+        """KVM_SET_ONE_REG."""
+        size_bytes = c.reg_size_bytes(id)
+        buffer = ctypes.create_string_buffer(value.to_bytes(size_bytes, "little"), size_bytes)
+        self._ioctl(c.KVM_SET_ONE_REG, c.kvm_one_reg(id, ctypes.addressof(buffer)))
+
+    def get_reg_list(self) -> list[int]:
+        """KVM_GET_REG_LIST."""
+        count = 0
+        while True:
+            table = Flexible(c.kvm_reg_list, ctypes.c_uint64, count)
+            table.head.n = count
+            try:
+                self._ioctl(c.KVM_GET_REG_LIST, table.buffer)
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                count = table.head.n  # the kernel says how many there are
+            else:
+                return list(table.entries[: table.head.n])
 
 
 class Device(Fd, contract.Device):

@@ -8,8 +8,10 @@ from kvmkit.kvm.linux import main
 from kvmkit.kvm.linux.main import Fd, Flexible
 from kvmkit.uapi import arm64, common
 from kvmkit.uapi import common as c
+from kvmkit.uapi import memory_encryption as sev
 from kvmkit.uapi import x86 as x
 from kvmkit.uapi.capabilities import KVM_CAP_XSAVE2
+from kvmkit.uapi.errors import ioctl_error
 
 _UNTOUCHED = b"\xff" * ctypes.sizeof(x.kvm_cpuid_entry2)
 
@@ -68,6 +70,16 @@ class Kvm(_Tables, main.Kvm):
         """KVM_GET_MSR_FEATURE_INDEX_LIST."""
         return self._msr_list(x.KVM_GET_MSR_FEATURE_INDEX_LIST)
 
+    def get_supported_hv_cpuid(self) -> list[x.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID."""
+        return self._cpuid(x.KVM_GET_SUPPORTED_HV_CPUID)
+
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED."""
+        value = ctypes.c_uint64()
+        self._ioctl(x.KVM_X86_GET_MCE_CAP_SUPPORTED, value)
+        return value.value
+
     def _msr_list(self, request: int) -> list[int]:
         count = 0
         while True:
@@ -109,6 +121,26 @@ class Vm(main.Vm):
         """KVM_SET_IRQCHIP."""
         self._ioctl(x.KVM_SET_IRQCHIP, chip)
 
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """KVM_SET_NR_MMU_PAGES."""
+        self._ioctl(x.KVM_SET_NR_MMU_PAGES, pages)
+
+    def get_nr_mmu_pages(self) -> int:
+        """KVM_GET_NR_MMU_PAGES."""
+        return self._ioctl(x.KVM_GET_NR_MMU_PAGES)
+
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT."""
+        self._ioctl(x.KVM_CREATE_PIT)
+
+    def get_pit(self) -> x.kvm_pit_state:
+        """KVM_GET_PIT."""
+        return self._get(x.KVM_GET_PIT, x.kvm_pit_state)
+
+    def set_pit(self, state: x.kvm_pit_state) -> None:
+        """KVM_SET_PIT."""
+        self._ioctl(x.KVM_SET_PIT, state)
+
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2."""
         self._ioctl(x.KVM_CREATE_PIT2, x.kvm_pit_config(flags=flags))
@@ -148,6 +180,53 @@ class Vm(main.Vm):
     def x86_set_msr_filter(self, filter: x.kvm_msr_filter) -> None:
         """KVM_X86_SET_MSR_FILTER."""
         self._ioctl(x.KVM_X86_SET_MSR_FILTER, filter)
+
+    def set_pmu_event_filter(
+        self, action: int, events: Sequence[int], fixed_counter_bitmap: int = 0, flags: int = 0
+    ) -> None:
+        """KVM_SET_PMU_EVENT_FILTER."""
+        table = Flexible(x.kvm_pmu_event_filter, ctypes.c_uint64, len(events))
+        head = table.head
+        head.action, head.nevents = action, len(events)
+        head.fixed_counter_bitmap, head.flags = fixed_counter_bitmap, flags
+        table.entries[:] = events
+        self._ioctl(x.KVM_SET_PMU_EVENT_FILTER, table.buffer)
+
+    def memory_encrypt_op(self, command: sev.kvm_sev_cmd | sev.kvm_tdx_cmd | None) -> None:
+        """KVM_MEMORY_ENCRYPT_OP."""
+        self._ioctl(c.KVM_MEMORY_ENCRYPT_OP, 0 if command is None else command)
+
+    def memory_encrypt_reg_region(self, addr: int, size: int) -> None:
+        """KVM_MEMORY_ENCRYPT_REG_REGION."""
+        self._ioctl(c.KVM_MEMORY_ENCRYPT_REG_REGION, c.kvm_enc_region(addr, size))
+
+    def memory_encrypt_unreg_region(self, addr: int, size: int) -> None:
+        """KVM_MEMORY_ENCRYPT_UNREG_REGION."""
+        self._ioctl(c.KVM_MEMORY_ENCRYPT_UNREG_REGION, c.kvm_enc_region(addr, size))
+
+    def hyperv_eventfd(self, conn_id: int, fd: int, flags: int = 0) -> None:
+        """KVM_HYPERV_EVENTFD."""
+        self._ioctl(x.KVM_HYPERV_EVENTFD, x.kvm_hyperv_eventfd(conn_id, fd, flags))
+
+    def xen_hvm_config(self, config: x.kvm_xen_hvm_config) -> None:
+        """KVM_XEN_HVM_CONFIG."""
+        self._ioctl(x.KVM_XEN_HVM_CONFIG, config)
+
+    def xen_hvm_get_attr(self, type: int) -> x.kvm_xen_hvm_attr:
+        """KVM_XEN_HVM_GET_ATTR."""
+        attr = x.kvm_xen_hvm_attr(type=type)
+        self._ioctl(x.KVM_XEN_HVM_GET_ATTR, attr)
+        return attr
+
+    def xen_hvm_set_attr(self, attr: x.kvm_xen_hvm_attr) -> None:
+        """KVM_XEN_HVM_SET_ATTR."""
+        self._ioctl(x.KVM_XEN_HVM_SET_ATTR, attr)
+
+    def xen_hvm_evtchn_send(
+        self, port: int, vcpu: int, priority: int = c.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
+    ) -> int:
+        """KVM_XEN_HVM_EVTCHN_SEND."""
+        return self._ioctl(x.KVM_XEN_HVM_EVTCHN_SEND, c.kvm_irq_routing_xen_evtchn(port, vcpu, priority))
 
 
 class Vcpu(_Tables, main.Vcpu):
@@ -206,9 +285,7 @@ class Vcpu(_Tables, main.Vcpu):
         """KVM_SET_XSAVE."""
         data = bytes(xsave)
         # The kernel reads the whole area whatever the caller gives.
-        self._ioctl(
-            x.KVM_SET_XSAVE, ctypes.create_string_buffer(data, max(len(data), self._xsave_size_bytes))
-        )
+        self._ioctl(x.KVM_SET_XSAVE, _at_least(data, self._xsave_size_bytes))
 
     def get_xcrs(self) -> x.kvm_xcrs:
         """KVM_GET_XCRS."""
@@ -236,6 +313,17 @@ class Vcpu(_Tables, main.Vcpu):
         table.head.nent = len(entries)
         table.entries[:] = entries
         self._ioctl(x.KVM_SET_CPUID2, table.buffer)
+
+    def set_cpuid(self, entries: Sequence[x.kvm_cpuid_entry]) -> None:
+        """KVM_SET_CPUID."""
+        table = Flexible(x.kvm_cpuid, x.kvm_cpuid_entry, len(entries))
+        table.head.nent = len(entries)
+        table.entries[:] = entries
+        self._ioctl(x.KVM_SET_CPUID, table.buffer)
+
+    def get_supported_hv_cpuid(self) -> list[x.kvm_cpuid_entry2]:
+        """KVM_GET_SUPPORTED_HV_CPUID."""
+        return self._cpuid(x.KVM_GET_SUPPORTED_HV_CPUID)
 
     def get_lapic(self) -> x.kvm_lapic_state:
         """KVM_GET_LAPIC."""
@@ -294,3 +382,70 @@ class Vcpu(_Tables, main.Vcpu):
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL."""
         self._ioctl(x.KVM_KVMCLOCK_CTRL)
+
+    def tpr_access_reporting(self, enabled: bool) -> None:
+        """KVM_TPR_ACCESS_REPORTING."""
+        self._ioctl(x.KVM_TPR_ACCESS_REPORTING, x.kvm_tpr_access_ctl(enabled=enabled))
+
+    def set_vapic_addr(self, vapic_addr: int) -> None:
+        """KVM_SET_VAPIC_ADDR."""
+        self._ioctl(x.KVM_SET_VAPIC_ADDR, x.kvm_vapic_addr(vapic_addr))
+
+    def x86_setup_mce(self, mcg_cap: int) -> None:
+        """KVM_X86_SETUP_MCE."""
+        self._ioctl(x.KVM_X86_SETUP_MCE, ctypes.c_uint64(mcg_cap))
+
+    def x86_set_mce(self, mce: x.kvm_x86_mce) -> None:
+        """KVM_X86_SET_MCE."""
+        self._ioctl(x.KVM_X86_SET_MCE, mce)
+
+    def get_nested_state(self) -> bytes:
+        """KVM_GET_NESTED_STATE."""
+        size_bytes = ctypes.sizeof(x.kvm_nested_state)
+        while True:
+            buffer = ctypes.create_string_buffer(size_bytes)
+            head = x.kvm_nested_state.from_buffer(buffer)
+            head.size = size_bytes
+            try:
+                self._ioctl(x.KVM_GET_NESTED_STATE, buffer)
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                size_bytes = head.size  # the kernel says how much there is
+            else:
+                return buffer.raw[: head.size]
+
+    def set_nested_state(self, state: bytes) -> None:
+        """KVM_SET_NESTED_STATE."""
+        buffer = _at_least(state, ctypes.sizeof(x.kvm_nested_state))
+        size_bytes = x.kvm_nested_state.from_buffer(buffer).size
+        if size_bytes > len(buffer):  # the kernel believes it
+            raise ioctl_error(
+                "KVM_SET_NESTED_STATE", errno.EINVAL, f"size {size_bytes} of {len(state)} bytes"
+            )
+        self._ioctl(x.KVM_SET_NESTED_STATE, buffer)
+
+    def xen_vcpu_get_attr(self, type: int) -> x.kvm_xen_vcpu_attr:
+        """KVM_XEN_VCPU_GET_ATTR."""
+        attr = x.kvm_xen_vcpu_attr(type=type)
+        self._ioctl(x.KVM_XEN_VCPU_GET_ATTR, attr)
+        return attr
+
+    def xen_vcpu_set_attr(self, attr: x.kvm_xen_vcpu_attr) -> None:
+        """KVM_XEN_VCPU_SET_ATTR."""
+        self._ioctl(x.KVM_XEN_VCPU_SET_ATTR, attr)
+
+    def memory_encrypt_op(self, command: sev.kvm_tdx_cmd) -> None:
+        """KVM_MEMORY_ENCRYPT_OP."""
+        self._ioctl(c.KVM_MEMORY_ENCRYPT_OP, command)
+
+    def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> int:
+        """KVM_PRE_FAULT_MEMORY."""
+        request = c.kvm_pre_fault_memory(gpa, size, flags)
+        self._ioctl(c.KVM_PRE_FAULT_MEMORY, request)
+        return int(request.size)
+
+
+def _at_least(data: bytes, size_bytes: int) -> "ctypes.Array[ctypes.c_char]":
+    """Copy `data` to a buffer of `size_bytes` or more: what the kernel reads whatever the caller gives."""
+    return ctypes.create_string_buffer(data, max(len(data), size_bytes))
