@@ -65,7 +65,13 @@ def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> N
         shares.insert(0, (ROOT_TAG, config.root.path, True))
         devices.modules.append("overlay")
     for tag, path, read_only in shares:
-        raise ValueError(f"share {tag} of {path} (read-only: {read_only}): virtiofs isn't there yet")
+        from kvmkit.devices.fuse.passthrough import PassthroughFs
+        from kvmkit.devices.virtio.fs import Fs
+
+        # An overlay's lower layer isn't to change in any case.
+        server = PassthroughFs(path, read_only=read_only, unchanging=tag == ROOT_TAG)
+        devices.virtio.append(Fs(tag, server, name=f"virtio-fs {tag}"))
+        devices.modules.append("virtiofs")
     if config.network != "none":
         _add_network(devices, config.network)
 
