@@ -3,7 +3,7 @@
 //! All take linear addresses and an MMU mode (`cpu::mmu_mode`). A read or write either happens as a whole or
 //! stops the instruction before it changed anything; see `IoState` for how devices fit in.
 
-use crate::cpu::{Cpu, Exit, Res, TlbEntry, Vcpu};
+use crate::cpu::{Cpu, Exception, Exit, Res, TlbEntry, Vcpu, cr0, mmu_mode, rflags};
 use crate::debug::{self, Kind};
 use crate::mem::{LOG_DIRTY, READONLY, Slot};
 use crate::mmu::{self, Intent};
@@ -30,8 +30,38 @@ fn hit(cpu: &Cpu, la: u64, len: usize, mode: usize, tag: impl Fn(&TlbEntry) -> u
     (offset <= (4096 - len.min(4096)) as u64 && len <= 4096).then(|| (e.host + offset) as *mut u8)
 }
 
+/// An operand of user mode that is not aligned, where CR0.AM and RFLAGS.AC ask for that (Intel SDM volume 3, 6.15).
+pub fn is_misaligned(cpu: &Cpu, la: u64, len: usize, mode: usize) -> bool {
+    let alignment = match len {
+        2 | 4 | 8 => len as u64,
+        10 => 8,
+        // The x87 environment and state of 16- and 32-bit code.
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
+    };
+    la & (alignment - 1) != 0 && mode == mmu_mode::USER && checks_alignment(cpu)
+}
+
+pub const MISALIGNED: Exception = Exception::with_error(17, 0);
+
+pub fn check_alignment(cpu: &Cpu, la: u64, len: usize, mode: usize) -> Res<()> {
+    if is_misaligned(cpu, la, len, mode) { Err(MISALIGNED.into()) } else { Ok(()) }
+}
+
+/// Must accesses be aligned? Translated code knows nothing of it.
+pub fn checks_alignment(cpu: &Cpu) -> bool {
+    cpu.cpl == 3 && cpu.cr0 & cr0::AM != 0 && cpu.sysflags & rflags::AC != 0
+}
+
 /// Read `to.len()` bytes at `la`.
 pub fn read(vcpu: &mut Vcpu, la: u64, to: &mut [u8], mode: usize) -> Res<()> {
+    check_alignment(&vcpu.cpu, la, to.len(), mode)?;
+    read_part(vcpu, la, to, mode)
+}
+
+/// `read` of what may be a part of the operand: how it lies does not matter.
+pub fn read_part(vcpu: &mut Vcpu, la: u64, to: &mut [u8], mode: usize) -> Res<()> {
     let len = to.len();
     debug::access(vcpu, Kind::Read, la, len);
     if let Some(p) = hit(&vcpu.cpu, la, len, mode, |e| e.read) {
@@ -42,7 +72,7 @@ pub fn read(vcpu: &mut Vcpu, la: u64, to: &mut [u8], mode: usize) -> Res<()> {
     let mut gpas = [0u64; 2];
     if len > 4096 {
         for (offset, n) in parts(la, len) {
-            read(vcpu, la.wrapping_add(offset as u64), &mut to[offset..offset + n], mode)?;
+            read_part(vcpu, la.wrapping_add(offset as u64), &mut to[offset..offset + n], mode)?;
         }
         return Ok(());
     }
@@ -87,29 +117,38 @@ pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
 
 /// Fail as a write of `len` bytes at `la` would fail, without writing.
 pub fn check_write(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<()> {
-    for (offset, _) in parts(la, len as usize) {
-        mmu::walk(vcpu, la.wrapping_add(offset as u64), Intent::Write, mode)?;
-    }
-    Ok(())
+    check_alignment(&vcpu.cpu, la, len as usize, mode)?;
+    check_pages(vcpu, la, len, Intent::Write, mode)
 }
 
 /// Fail as a read of `len` bytes at `la` would fail, without reading.
 pub fn check_read(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<()> {
+    check_alignment(&vcpu.cpu, la, len as usize, mode)?;
+    check_pages(vcpu, la, len, Intent::Read, mode)
+}
+
+pub fn check_pages(vcpu: &mut Vcpu, la: u64, len: u64, intent: Intent, mode: usize) -> Res<()> {
     for (offset, _) in parts(la, len as usize) {
-        mmu::walk(vcpu, la.wrapping_add(offset as u64), Intent::Read, mode)?;
+        mmu::walk(vcpu, la.wrapping_add(offset as u64), intent, mode)?;
     }
     Ok(())
 }
 
 /// Write `from` at `la`. The last thing that an instruction does.
 pub fn write(vcpu: &mut Vcpu, la: u64, from: &[u8], mode: usize) -> Res<()> {
+    check_alignment(&vcpu.cpu, la, from.len(), mode)?;
+    write_part(vcpu, la, from, mode)
+}
+
+/// `write` of what may be a part of the operand: how it lies does not matter.
+pub fn write_part(vcpu: &mut Vcpu, la: u64, from: &[u8], mode: usize) -> Res<()> {
     debug::access(vcpu, Kind::Write, la, from.len());
     if let Some(p) = hit(&vcpu.cpu, la, from.len(), mode, |e| e.write) {
         // SAFETY: as in `read`; a write tag says that nobody else need know.
         unsafe { copy_to_guest(from, p) };
         return Ok(());
     }
-    check_write(vcpu, la, from.len() as u64, mode)?;
+    check_pages(vcpu, la, from.len() as u64, Intent::Write, mode)?;
     for (offset, n) in parts(la, from.len()) {
         let here = la.wrapping_add(offset as u64);
         let gpa = mmu::walk(vcpu, here, Intent::Write, mode)?.gpa + (here & 0xfff);
@@ -155,7 +194,7 @@ pub fn written(vcpu: &mut Vcpu, slot: &Slot, gpa: u64, len: u64) {
 }
 
 /// Host address of `len` bytes at `la` for an atomic read-modify-write, if they are RAM within one page.
-/// `written` must be called afterwards.
+/// `written` must be called afterwards, and the alignment checked before.
 pub fn direct(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<Option<(*mut u8, Slot, u64)>> {
     if (la & 0xfff) + len > 4096 {
         return Ok(None);

@@ -3,7 +3,7 @@
 use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
 use crate::helpers::{find_entry, pack_flags, poll_word, polled, unpack_flags};
 use crate::vm::request;
-use crate::{debug, exception, interp, pvclock, signal, thunks};
+use crate::{access, debug, exception, interp, pvclock, signal, thunks};
 use std::sync::atomic::Ordering;
 
 /// Why translated code returned from `thunks::enter`.
@@ -26,7 +26,7 @@ pub mod leave {
 const INTERPRET_BATCH: u32 = 1000;
 
 pub fn translatable(v: &Vcpu) -> bool {
-    v.cpu.long64() && !debug::armed(v) && !v.interpret_only
+    v.cpu.long64() && !debug::armed(v) && !v.interpret_only && !access::checks_alignment(&v.cpu)
 }
 
 /// Run the vCPU until something leaves for user space.

@@ -106,7 +106,8 @@ pub fn set_sregs(v: &mut Vcpu, b: &[u8; SREGS_BYTES]) -> bool {
         || long && (c4 & cr4::PAE == 0 || e & efer::LMA == 0 || c3 >> mmu::PHYSICAL_BITS != 0)
         || !long && (e & efer::LMA != 0 || seg(0).long())
         || e & !(efer::SCE | efer::LME | efer::LMA | efer::NXE) != 0
-        || c4 & (cr4::LA57 | cr4::PCIDE | cr4::PKE) != 0
+        || c4 & (cr4::LA57 | cr4::PKE) != 0
+        || c4 & cr4::PCIDE != 0 && !long
         || c4 >> 23 != 0
     {
         return false;

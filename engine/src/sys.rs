@@ -30,6 +30,7 @@ fn cr4_allowed(v: &Vcpu) -> u64 {
     let leaf7 = |bit| cpuid_has(v, 7, 0, |e| e.ebx, bit);
     for (present, bit) in [
         (cpuid_has(v, 1, 0, |e| e.ecx, 26), cr4::OSXSAVE),
+        (cpuid_has(v, 1, 0, |e| e.ecx, 17), cr4::PCIDE),
         (leaf7(0), cr4::FSGSBASE),
         (leaf7(7), cr4::SMEP),
         (leaf7(20), cr4::SMAP),
@@ -109,7 +110,7 @@ fn write_cr0(v: &mut Vcpu, value: u64) -> Res<()> {
                 v.cpu.efer |= efer::LMA;
             }
         } else {
-            if v.cpu.long64() {
+            if v.cpu.long64() || v.cpu.cr4 & cr4::PCIDE != 0 {
                 return gp;
             }
             v.cpu.efer &= !efer::LMA;
@@ -130,7 +131,16 @@ fn legacy_paging(cpu: &Cpu) -> bool {
     cpu.paging() && cpu.efer & efer::LMA == 0
 }
 
-fn write_cr3(v: &mut Vcpu, value: u64) -> Res<()> {
+/// CR3.63 under CR4.PCIDE: translations of the new address space need not be flushed.
+const CR3_NO_FLUSH: u64 = 1 << 63;
+
+fn write_cr3(v: &mut Vcpu, mut value: u64) -> Res<()> {
+    // There is one address space in the TLBs at a time, whatever its PCID: they are emptied unless it stays.
+    let mut stays = false;
+    if v.cpu.cr4 & cr4::PCIDE != 0 {
+        stays = value & CR3_NO_FLUSH != 0 && value & !CR3_NO_FLUSH == v.cpu.cr3;
+        value &= !CR3_NO_FLUSH;
+    }
     if v.cpu.efer & efer::LMA != 0 && value >> PHYSICAL_BITS != 0 {
         return Err(Exception::gp(0).into());
     }
@@ -138,8 +148,28 @@ fn write_cr3(v: &mut Vcpu, value: u64) -> Res<()> {
         return Err(Exception::gp(0).into());
     }
     v.cpu.cr3 = value;
-    mmu::flush_non_global(v);
+    if !stays {
+        mmu::flush_non_global(v);
+    }
     Ok(())
+}
+
+/// INVPCID of `kind` with the descriptor (PCID and reserved bits, linear address).
+pub fn invpcid(v: &mut Vcpu, kind: u64, [pcid, la]: [u64; 2]) -> Res<()> {
+    let enabled = v.cpu.cr4 & cr4::PCIDE != 0;
+    if kind > 3 || pcid >> 12 != 0 || kind < 2 && pcid != 0 && !enabled || kind == 0 && !is_canonical(la) {
+        return Err(Exception::gp(0).into());
+    }
+    match kind {
+        0 => mmu::flush_page(v, la),
+        2 => mmu::flush_all(v),
+        _ => mmu::flush_non_global(v),
+    }
+    Ok(())
+}
+
+pub fn offers_invpcid(v: &Vcpu) -> bool {
+    cpuid_has(v, 7, 0, |e| e.ebx, 10)
 }
 
 fn write_cr4(v: &mut Vcpu, value: u64) -> Res<()> {
@@ -147,6 +177,9 @@ fn write_cr4(v: &mut Vcpu, value: u64) -> Res<()> {
         return Err(Exception::gp(0).into());
     }
     let changed = v.cpu.cr4 ^ value;
+    if changed & value & cr4::PCIDE != 0 && (v.cpu.efer & efer::LMA == 0 || v.cpu.cr3 & 0xfff != 0) {
+        return Err(Exception::gp(0).into());
+    }
     if legacy_paging(&v.cpu)
         && value & cr4::PAE != 0
         && changed & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0
@@ -155,7 +188,7 @@ fn write_cr4(v: &mut Vcpu, value: u64) -> Res<()> {
         return Err(Exception::gp(0).into());
     }
     v.cpu.cr4 = value;
-    if changed & (cr4::PGE | cr4::PAE | cr4::PSE | cr4::SMEP | cr4::SMAP) != 0 {
+    if changed & (cr4::PGE | cr4::PAE | cr4::PSE | cr4::SMEP | cr4::SMAP | cr4::PCIDE) != 0 {
         mmu::flush_all(v);
     }
     Ok(())

@@ -1107,3 +1107,100 @@ fn direct_stores_and_the_like() {
         assert_eq!(m.read::<64>(FREE + 0x240), std::array::from_fn(|n| n as u8));
     }
 }
+
+#[test]
+fn process_context_identifiers() {
+    let offering = || {
+        let mut m = long();
+        let entry = |function, ebx, ecx| CpuidEntry { function, ebx, ecx, ..CpuidEntry::default() };
+        m.v.cpuid = vec![entry(1, 0, 1 << 17), entry(7, 1 << 10, 0)];
+        m
+    };
+    let mut m = offering();
+    m.v.cpu.cr3 |= 8;
+    let cr4 = m.v.cpu.cr4 & !cr4::OSXSAVE;
+    assert_eq!(sys::write_cr(&mut m.v, 4, cr4 | cr4::PCIDE), raised(13, 0), "CR3's low bits must be clear");
+    assert_eq!(sys::write_cr(&mut m.v, 3, PML4 | 1 << 63), raised(13, 0), "without PCIDE");
+    m.v.cpu.cr3 = PML4;
+    assert_eq!(sys::write_cr(&mut m.v, 4, cr4 | cr4::PCIDE), Ok(()));
+    assert_eq!(sys::write_cr(&mut m.v, 3, PML4 | 0x123 | 1 << 63), Ok(()));
+    assert_eq!(m.v.cpu.cr3, PML4 | 0x123);
+    m.v.cpu.segs[CS].attr &= !segment::Descriptor(0x00af_9b00_0000_ffff).attr() | 0x9f;
+    assert_eq!(sys::write_cr(&mut m.v, 0, cr0::PE | cr0::ET), raised(13, 0), "paging stays on");
+    assert_eq!(sys::write_cr(&mut long().v, 4, cr4 | cr4::PCIDE), raised(13, 0), "not offered");
+    // A translation that changed: seen after each kind of flush that concerns it.
+    // mov eax, [rbx]; mov [rcx], rdx (the entry); cr3 with no flush, or invpcid rsi, [rdi]; mov eax, [rbx]; hlt
+    let no_flush = &[0x41, 0x0f, 0x22, 0xd8][..]; // mov cr3, r8
+    let invpcid = &[0x66, 0x0f, 0x38, 0x82, 0x37][..];
+    for (middle, kind, global, fresh) in [
+        (no_flush, 0, false, false),
+        (invpcid, 0, false, true),
+        (invpcid, 0, true, true),
+        (invpcid, 1, false, true),
+        (invpcid, 1, true, false),
+        (invpcid, 2, true, true),
+        (invpcid, 3, false, true),
+        (invpcid, 3, true, false),
+    ] {
+        let mut m = offering();
+        m.v.cpu.cr4 |= cr4::PCIDE | cr4::PGE;
+        m.v.cpu.cr3 = PML4 | 5;
+        let (page, entry) = (0x18_0000, PML4 + 0x3000 + 8 * 0x180);
+        let flags = P | W | A | D | if global { G } else { 0 };
+        m.write64(entry, page | flags);
+        m.write64(page, 1);
+        m.write64(page + 0x1000, 2);
+        m.write64(FREE + 0x100, 5);
+        m.write64(FREE + 0x108, page);
+        let g = &mut m.v.cpu.gpr;
+        (g[3], g[1], g[2], g[6], g[7]) = (page, entry, (page + 0x1000) | flags, kind, FREE + 0x100);
+        g[8] = PML4 | 5 | 1 << 63;
+        let code = [&[0x8b, 0x03, 0x48, 0x89, 0x11][..], middle, &[0x8b, 0x03, 0xf4]].concat();
+        assert_eq!(m.run(&code), Exit::Hlt);
+        assert_eq!((m.halted_in(), m.v.cpu.gpr[0]), (None, 1 + fresh as u64), "kind {kind} {global} {middle:x?}");
+    }
+    for (kind, pcid, la, expected) in [
+        (4, 0, 0, raised(13, 0)),
+        (0, 1 << 12, 0, raised(13, 0)),
+        (0, 0, 1 << 63, raised(13, 0)),
+        (1, 1, 0, raised(13, 0)),
+        (3, 1, 1 << 63, Ok(())),
+    ] {
+        assert_eq!(sys::invpcid(&mut offering().v, kind, [pcid, la]), expected, "{kind} {pcid:#x} {la:#x}");
+    }
+    let mut m = offering();
+    m.user();
+    assert_eq!(step(&mut m, invpcid), raised(13, 0));
+    assert_eq!(step(&mut long(), invpcid), UD, "not offered");
+}
+
+#[test]
+fn alignment_checks() {
+    // mov eax, [rbx + 1], push rax with rsp odd; by whom, with what.
+    let all = |m: &mut Machine| {
+        m.user();
+        m.v.cpu.cr0 |= cr0::AM;
+        m.v.cpu.set_rflags(rflags::AC);
+        m.v.cpu.gpr[3] = FREE;
+    };
+    let load: &[u8] = &[0x8b, 0x43, 1];
+    let mut m = long();
+    all(&mut m);
+    assert_eq!(step(&mut m, load), raised(17, 0));
+    assert_eq!(step(&mut m, &[0x8b, 0x43, 4]), Ok(()));
+    m.v.cpu.gpr[RSP] = FREE - 4;
+    assert_eq!(step(&mut m, &[0x50]), raised(17, 0), "PUSH");
+    m.v.cpu.gpr[2] = 0;
+    assert_eq!(m.run(load), Exit::Hlt);
+    assert_eq!((m.halted_in(), frame(&m)[0]), (Some(17), 0), "by the run loop, with its error code");
+    for (what, undo) in [
+        ("AM", (|m| m.v.cpu.cr0 &= !cr0::AM) as fn(&mut Machine)),
+        ("AC", |m| m.v.cpu.set_rflags(0)),
+        ("CPL", |m| m.v.cpu.cpl = 0),
+    ] {
+        let mut m = long();
+        all(&mut m);
+        undo(&mut m);
+        assert_eq!(step(&mut m, load), Ok(()), "{what}");
+    }
+}

@@ -733,6 +733,16 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             };
             mmu::flush_page(v, la);
         }
+        Invpcid => {
+            if !sys::offers_invpcid(v) || segment::is_real_or_v86(&v.cpu) && v.cpu.sysflags & rflags::VM == 0 {
+                return Err(Exception::ud().into());
+            }
+            sys::privileged(v)?;
+            let la = address(&v.cpu, i, 16, false)?;
+            let descriptor = [load(v, la, 8)?, load(v, la.wrapping_add(8), 8)?];
+            let kind = register(&v.cpu, i.op0_register());
+            sys::invpcid(v, kind, descriptor)?;
+        }
         Wbinvd | Invd => sys::privileged(v)?,
         Clflush | Clflushopt | Clwb => {
             let la = address(&v.cpu, i, 1, false)?;
@@ -872,6 +882,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
 /// BT, BTS, BTR or BTC of bit `bit` of the `size`-byte operand at `la`: atomic on RAM, locked or not.
 fn bit_in_memory(v: &mut Vcpu, mnemonic: Mnemonic, la: u64, size: usize, bit: u64) -> Res<()> {
     let mode = v.cpu.mmu_mode();
+    access::check_alignment(&v.cpu, la, size, mode)?;
     let mask = 1u64 << bit;
     let update = |old: u64| match mnemonic {
         Mnemonic::Bts => old | mask,

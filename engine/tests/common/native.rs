@@ -161,6 +161,8 @@ pub extern "C" fn exit() {
 }
 
 extern "C" fn trapped(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: balanced. The kernel leaves AC as it was.
+    unsafe { std::arch::asm!("pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq") };
     // SAFETY: the kernel passes valid pointers; the statics are this thread's while `RUNNING` (`alone`).
     unsafe {
         let g = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
