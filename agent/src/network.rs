@@ -1,4 +1,4 @@
-//! One interface with a fixed IPv4 address, netdevice(7), and resolv.conf(5).
+//! One interface with a fixed IPv4 address, netdevice(7), hosts(5) and resolv.conf(5).
 
 use crate::frame::Failure;
 use nix::mount::{MsFlags, mount};
@@ -8,7 +8,11 @@ use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Component, Path};
+
+const ETC: &str = "/etc";
+const HOSTS: &str = "/etc/hosts";
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,9 +37,11 @@ pub fn bring_up(network: Option<&Network>, warnings: &mut Vec<String>) {
         Err(error) => return attempt("network", Err(Failure::of("socket", error))),
     };
     attempt("lo", set_up(&socket, "lo"));
+    attempt("hosts", write_hosts());
     if let Some(network) = network {
         attempt(&network.interface, configure(&socket, network));
-        attempt("resolv.conf", write_resolv_conf(&network.nameservers));
+        let lines = network.nameservers.iter().map(|server| format!("nameserver {server}\n"));
+        attempt("resolv.conf", provide(Path::new(RESOLV_CONF), &lines.collect::<String>()));
     }
 }
 
@@ -110,23 +116,41 @@ fn control(
     Ok(request)
 }
 
-/// Name the name servers, in a file of our own over the root's if that can't be written.
-fn write_resolv_conf(nameservers: &[std::net::IpAddr]) -> Result<(), Failure> {
-    let path = Path::new("/etc/resolv.conf");
-    let text: String = nameservers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    let _ = fs::create_dir("/etc");
-    // Often a link to what a service makes that doesn't run here.
-    if fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink())
-        && !path.exists()
-        && fs::remove_file(path).is_err()
-    {
-        let target = Path::new("/etc").join(fs::read_link(path).map_err(|error| Failure::of("link", error))?);
-        let _ = target.parent().map(fs::create_dir_all);
+/// Names that are the guest itself, where its root has none: images leave them to whoever runs them.
+fn write_hosts() -> Result<(), Failure> {
+    if fs::metadata(HOSTS).is_ok_and(|meta| meta.len() > 0) {
+        return Ok(());
     }
-    let Err(error) = fs::write(path, &text) else { return Ok(()) };
-    let own = "/run/kvmkit-resolv.conf";
-    fs::write(own, &text).map_err(|error| Failure::of(own, error))?;
-    mount(Some(own), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|_| Failure::of(path.display(), error))
+    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost\n");
+    if let Some(name) = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()) {
+        text += &format!("127.0.1.1\t{name}\n");
+    }
+    provide(Path::new(HOSTS), &text)
+}
+
+fn failure(path: &Path) -> impl Fn(io::Error) -> Failure + '_ {
+    move |error| Failure::of(path.display(), error)
+}
+
+/// Have `path` hold `text` without writing to the root, which may be a user's own disk or directory: a file in /run is mounted
+/// there. Only what isn't there at all is made.
+fn provide(path: &Path, text: &str) -> Result<(), Failure> {
+    if let (false, Ok(link)) = (path.exists(), fs::read_link(path)) {
+        // To what a service makes that doesn't run here: "../run/systemd/resolve/stub-resolv.conf".
+        let target = Path::new("/").join(link.strip_prefix("..").unwrap_or(&link));
+        if target.starts_with("/run") && !target.components().any(|part| part == Component::ParentDir) {
+            target.parent().map_or(Ok(()), fs::create_dir_all).map_err(failure(&target))?;
+            return fs::write(&target, text).map_err(failure(&target));
+        }
+    }
+    if !path.exists() {
+        let _ = fs::create_dir(ETC);
+        return fs::write(path, text).map_err(failure(path));
+    }
+    let own = Path::new("/run/kvmkit").join(path.file_name().unwrap_or_default());
+    fs::create_dir_all("/run/kvmkit").and_then(|()| fs::write(&own, text)).map_err(failure(&own))?;
+    mount(Some(&own), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|error| Failure::of(path.display(), error))
 }
 
 #[cfg(test)]
