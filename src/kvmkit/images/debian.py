@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -52,18 +52,14 @@ def debian(
         if not _PACKAGE.fullmatch(package):
             raise ImageError(f"{package!r} is no name of a Debian package")
     _check_tools()
-    with ExitStack() as stack:
-        archive = cast(IO[bytes], stack.enter_context(tempfile.TemporaryFile(dir=directory)))
-        config = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="kvmkit-apt-", suffix=".conf"))
-        config.write(_apt_settings())
-        config.flush()
-        os.chmod(config.name, 0o644)  # it is read in another user namespace
+    with tempfile.TemporaryFile(dir=directory) as file:
+        archive = cast(IO[bytes], file)
         command = [
             "mmdebstrap",
             "--variant=minbase",
             "--format=tar",
             f"--include={','.join([*DEFAULT_PACKAGES, *packages])}",
-            f"--aptopt={config.name}",
+            *(f"--aptopt={setting}" for setting in _apt_settings()),
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             *(
@@ -100,15 +96,15 @@ def _check_tools() -> None:
         )
 
 
-def _apt_settings() -> str:
+def _apt_settings() -> list[str]:
     """How this machine's apt reaches its sources (proxies, certificates)."""
     if shutil.which("apt-config") is None:
-        return ""
+        return []
     done = subprocess.run(
         ["apt-config", "dump"], capture_output=True, text=True, errors="replace", check=False
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("Acquire::")]
-    return "".join(line + "\n" for line in lines if not line.startswith("Acquire::IndexTargets"))
+    return [line for line in lines if not line.startswith("Acquire::IndexTargets")]
 
 
 def _sources(suite: str, etc: Path = Path("/etc/apt")) -> list[str]:
@@ -177,8 +173,8 @@ def _run(command: list[str], archive: IO[bytes], progress: Callable[[str], None]
         try:
             for line in process.stderr:
                 said.append(line.rstrip())
-                if line.startswith("I: "):
-                    progress(line.removeprefix("I: ").rstrip())
+                if line.startswith("I: ") and line.endswith("...\n"):  # what takes time
+                    progress(line.removeprefix("I: ").removesuffix("...\n"))
             status = process.wait()
         finally:
             if process.poll() is None:

@@ -1,7 +1,7 @@
 """The cache of images: ``${XDG_CACHE_HOME:-~/.cache}/kvmkit/images/NAME/`` with ``root.ext4`` and ``image.json``.
 
 An image is complete or not there: it is made in ``.NAME.new`` by whoever holds the lock ``.NAME.lock``, and renamed.
-The lock ends with the process that holds it, and what a killed one left behind is removed by the next.
+The lock ends with the process that holds it, and what a killed one left behind is removed by the next who makes any.
 """
 
 import fcntl
@@ -10,11 +10,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import NAMESPACE_URL, uuid5
 
 from kvmkit.errors import ImageError
@@ -153,6 +153,7 @@ class Store:
         with self.explained(), self._locked(name, progress):
             if not replace and (image := self.find(name)) is not None:
                 return image
+            self._sweep()
             new = self.directory / f".{name}.new"
             shutil.rmtree(new, ignore_errors=True)  # of somebody who was killed: we hold the lock
             new.mkdir()
@@ -200,13 +201,32 @@ class Store:
 
     @contextmanager
     def _locked(self, name: str, progress: Callable[[str], None]) -> Iterator[None]:
-        with open(self.directory / f".{name}.lock", "w") as file:
-            try:
+        path = self.directory / f".{name}.lock"
+        while True:
+            with open(path, "w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    progress(f"waiting for another kvmkit, which makes {name} right now")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_still(path, file):  # who held it before has removed it
+                    continue
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return
+
+    def _sweep(self) -> None:
+        """Remove what was left by those who were killed."""
+        for path in self.directory.glob(".*.lock"):
+            name = path.name[1:].removesuffix(".lock")
+            with suppress(FileNotFoundError, BlockingIOError), open(path, "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress(f"waiting for another kvmkit, which makes {name} right now")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+                if _is_still(path, file):
+                    for end in ("new", "old"):
+                        shutil.rmtree(self.directory / f".{name}.{end}", ignore_errors=True)
+                    path.unlink()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -218,3 +238,11 @@ class Store:
                 f"{error.filename or self.directory}: {error.strerror or error}: images are kept in {self.directory}; "
                 "free space there, or set XDG_CACHE_HOME to another place"
             ) from error
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Whether `path` leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
