@@ -152,7 +152,7 @@ def test_more_links_than_ext4_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_many_small_files_get_enough_inodes(tmp_path: Path) -> None:
     tree = Tree()
-    tree.root.entries = {b"%d" % number: Inode(stat.S_IFREG) for number in range(40000)}
+    tree.root.entries = {b"%d" % number: Inode(stat.S_IFREG) for number in range(34000)}
     e2fsck(written(tree, tmp_path))
     (tmp_path / "image").unlink()
     e2fsck(written(tree, tmp_path, 200 << 20))
@@ -241,7 +241,7 @@ INODES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     st.dictionaries(st.text("abc", min_size=1, max_size=3).map(str.encode), INODES), st.integers(0, 1 << 20)
 )

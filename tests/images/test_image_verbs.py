@@ -42,7 +42,7 @@ def test_from_import_to_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             run(verb, "app:2")
 
 
-def test_build_wants_a_debian() -> None:
+def test_build_wants_a_debian(cache: Path) -> None:
     with pytest.raises(ImageError, match="debian:SUITE"):
         run("build", "gentoo:now")
     with pytest.raises(ImageError, match="no name of a Debian package"):
