@@ -42,7 +42,7 @@ class GuestNetwork(TypedDict):
     nameservers: list[str]
 
 
-class BackendError(Exception):
+class BackendError(OSError):
     """The host doesn't have what a backend needs; the message says what to do about it."""
 
 
