@@ -23,20 +23,22 @@ class Memory(click.ParamType[int]):
 
 
 class DiskArgument(click.ParamType[Disk]):
-    """PATH[,ro][,temp]."""
+    """PATH, PATH,ro, PATH,temp or PATH,overlay=FILE."""
 
-    name = "path[,ro][,temp]"
+    name = "path[,ro|,temp|,overlay=file]"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Disk:
         """Return the disk."""
         if isinstance(value, Disk):
             return value
         path, *flags = str(value).split(",")
-        if unknown := set(flags) - {"ro", "temp"}:
-            self.fail(f"{value!r}: {', '.join(sorted(unknown))} is neither ro nor temp", param, ctx)
+        flag = flags[0] if flags else ""
+        overlay = flag.removeprefix("overlay=") if flag.startswith("overlay=") else None
+        if len(flags) > 1 or overlay == "" or (overlay is None and flag not in ("", "ro", "temp")):
+            self.fail(f"{value!r}: after the path one of ro, temp and overlay=FILE", param, ctx)
         if not os.path.exists(path):
             self.fail(f"{path!r} isn't there", param, ctx)
-        return Disk(path, read_only="ro" in flags, temporary="temp" in flags)
+        return Disk(path, read_only=flag == "ro", temporary=flag == "temp", overlay=overlay)
 
 
 class ShareArgument(click.ParamType[Share]):

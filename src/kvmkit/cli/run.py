@@ -47,7 +47,7 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
     "disks",
     multiple=True,
     type=DiskArgument(),
-    help="A disk image, raw: read-only, or its changes thrown away.",
+    help="A disk image, raw: read-only, or its changes thrown away, or kept in a file of their own.",
 )
 @click.option(
     "--share", "shares", multiple=True, type=ShareArgument(), help="A directory of the host's for the guest."

@@ -37,6 +37,8 @@ class Disk:
     read_only: bool = False
     temporary: bool = False
     """What the guest writes goes when the machine does; the file stays as it is."""
+    overlay: str | os.PathLike[str] | None = None
+    """A file that keeps what the guest writes, instead of `path`; made if it isn't there. `path` must not change any more."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,12 @@ class Machine(VmProcess):
             "agent": self._has_agent,
             "hostname": config.hostname,
             "disks": [
-                {"path": _path(disk.path), "read_only": disk.read_only, "temporary": disk.temporary}
+                {
+                    "path": _path(disk.path),
+                    "read_only": disk.read_only,
+                    "temporary": disk.temporary,
+                    "overlay": _path(disk.overlay),
+                }
                 for disk in config.disks
             ],
             "shares": [

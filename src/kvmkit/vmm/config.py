@@ -21,6 +21,8 @@ class DiskConfig:
     read_only: bool = False
     temporary: bool = False
     """What the guest writes goes with the VM; the file is only read."""
+    overlay: str | None = None
+    """A file for what the guest writes; `path` is only read. Made if it isn't there."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ class VmConfig:
         for what, given, most in (("disks", self.disks, MAX_DISKS), ("shares", self.shares, MAX_SHARES)):
             if len(given) > most:
                 raise ValueError(f"{len(given)} {what}: at most {most}")
+        for disk in self.disks:
+            if disk.read_only + disk.temporary + (disk.overlay is not None) > 1:
+                raise ValueError(f"disk {disk.path}: one of read-only, temporary and overlay")
         for name in ("output_fd", "input_fd", "lock_fd"):
             if (fd := getattr(self, name)) >= 0:
                 try:

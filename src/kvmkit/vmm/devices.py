@@ -11,6 +11,8 @@ from kvmkit.vmm.config import DiskConfig, VmConfig
 
 GUEST_CID = 3
 ROOT_TAG = "root"
+_MAX_DISK_QUEUES = 4
+"""Each is a thread; Linux shares them among its processors."""
 
 # Devices are imported as they are needed: a VM without network and disks starts without reading their code.
 
@@ -58,7 +60,7 @@ def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> N
     if config.root is not None and config.root.fstype != "virtiofs":
         disks.insert(0, DiskConfig(config.root.path, temporary=True))
     for i, disk in enumerate(disks):
-        devices.virtio.append(_disk(disk, i))
+        devices.virtio.append(_disk(disk, i, config.cpus))
         devices.modules.append("virtio_blk")
     shares = [(f"share{i}", share.directory, share.read_only) for i, share in enumerate(config.shares)]
     if config.root is not None and config.root.fstype == "virtiofs":
@@ -76,14 +78,19 @@ def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> N
         _add_network(devices, config.network)
 
 
-def _disk(disk: DiskConfig, i: int) -> VirtioDevice:
+def _disk(disk: DiskConfig, i: int, cpus: int) -> VirtioDevice:
     from kvmkit.devices.block import Overlay, RawFile
     from kvmkit.devices.virtio.blk import Blk
 
-    backend: RawFile | Overlay = RawFile(disk.path, read_only=disk.read_only or disk.temporary)
-    if disk.temporary:
-        backend = Overlay.temporary(backend)
-    return Blk(backend, name=f"virtio-blk vd{chr(ord('a') + i)}", serial=f"kvmkit{i}")
+    backend: RawFile | Overlay
+    if disk.overlay is not None:
+        backend = Overlay.at(disk.overlay, disk.path)
+    elif disk.temporary:
+        backend = Overlay.temporary(RawFile(disk.path, read_only=True))
+    else:
+        backend = RawFile(disk.path, read_only=disk.read_only)
+    name = f"virtio-blk vd{chr(ord('a') + i)}"
+    return Blk(backend, name=name, serial=f"kvmkit{i}", queues=min(cpus, _MAX_DISK_QUEUES))
 
 
 def _add_network(devices: Devices, network: str) -> None:

@@ -260,6 +260,25 @@ def test_temporary_overlay(image: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert os.listdir(tmp_path) == ["image"]
 
 
+def test_overlay_that_is_made_if_it_is_not_there(image: Path, tmp_path: Path) -> None:
+    path, other = tmp_path / "overlay", tmp_path / "other"
+    other.write_bytes(image.read_bytes())
+    overlay = Overlay.at(path, image)
+    overlay.writev([b"x" * 512], 0)
+    overlay.flush()
+    overlay.close()
+    (tmp_path / "link").symlink_to(image)
+    overlay = Overlay.at(path, tmp_path / "link")
+    assert read(overlay, 0, 512) == b"x" * 512
+    overlay.close()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ImageError, match="is an overlay of .*/image, not of .*/other"):
+        Overlay.at(path, other)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ImageError, match="no overlay of kvmkit's"):
+        Overlay.at(other, image)
+
+
 def test_overlay_does_not_replace_a_file(image: Path, tmp_path: Path) -> None:
     (tmp_path / "overlay").write_text("precious")
     with pytest.raises(FileExistsError):

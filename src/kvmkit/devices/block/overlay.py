@@ -88,6 +88,19 @@ class Overlay:
         return cls._joined(file, base_file)
 
     @classmethod
+    def at(cls, path: str | Path, base: str | Path) -> "Overlay":
+        """Open the overlay at `path` over `base`, or make it. `ImageError` if there is one that has another base."""
+        try:
+            return cls.create(path, base)
+        except FileExistsError:
+            overlay = cls(path)
+        name = _name(overlay._base)
+        if not os.path.samefile(name, base):
+            overlay.close()
+            raise ImageError(f"{path} is an overlay of {name}, not of {base}")
+        return overlay
+
+    @classmethod
     def temporary(cls, base: Backend) -> "Overlay":
         """Make one in a file without a name, below ``$TMPDIR`` or ``/tmp``: what is written is gone when it is closed.
 
