@@ -203,8 +203,11 @@ fn unpack_all(reader: &mut impl Read, path: &Path) -> Result<(), Failure> {
             let (mode, mtime) = (entry.header().mode(), entry.header().mtime());
             // Made now for what it holds, which its mode and time would not outlive.
             if name.file_name() != Some(OsStr::new(".")) && name.components().next().is_some() {
-                entry.set_preserve_permissions(false);
                 put(&mut entry, path, &name)?;
+                let made = path.join(&name);
+                if fs::symlink_metadata(&made).is_ok_and(|meta| meta.is_dir()) {
+                    fs::set_permissions(&made, fs::Permissions::from_mode(0o700)).map_err(failure(&made))?;
+                }
             }
             directories.push((path.join(&name), mode.map_err(failure(path))?, mtime.map_err(failure(path))?));
         } else {
@@ -212,7 +215,7 @@ fn unpack_all(reader: &mut impl Read, path: &Path) -> Result<(), Failure> {
         }
     }
     for (directory, mode, mtime) in directories.iter().rev() {
-        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(*mtime);
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs((*mtime).min(1 << 40)); // more would be beyond any clock
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(directory);
         let opened = opened.map_err(failure(directory))?;
         opened.set_permissions(fs::Permissions::from_mode(mode & 0o7777)).map_err(failure(directory))?;

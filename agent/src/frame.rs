@@ -38,11 +38,12 @@ impl Failure {
     /// An error of the system, and what was to be done.
     pub fn of(what: impl std::fmt::Display, error: impl Into<io::Error>) -> Self {
         let error = error.into();
-        let errno = error.raw_os_error().unwrap_or(match error.kind() {
+        let raw = system_error(&error);
+        let errno = raw.unwrap_or(match error.kind() {
             io::ErrorKind::InvalidInput => libc::EINVAL, // NUL in a name
             _ => libc::EIO,
         });
-        let reason = match error.raw_os_error() {
+        let reason = match raw {
             Some(number) => nix::errno::Errno::from_raw(number).desc().to_owned(),
             None => error.to_string(),
         };
@@ -57,6 +58,17 @@ impl Failure {
         }
         serde_json::json!({ "errno": self.errno, "message": self.message[..end] }).to_string().into_bytes()
     }
+}
+
+/// The system's error in `error` or in what that was made of.
+fn system_error(error: &io::Error) -> Option<i32> {
+    let mut cause = error.raw_os_error();
+    let mut next = error.get_ref().and_then(|inner| inner.source());
+    while let (None, Some(inner)) = (cause, next) {
+        cause = inner.downcast_ref::<io::Error>().and_then(system_error);
+        next = inner.source();
+    }
+    cause
 }
 
 pub fn protocol(message: impl Into<String>) -> Failure {

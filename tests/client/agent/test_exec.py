@@ -87,7 +87,7 @@ def test_users(agent: Agent) -> None:
     assert caught.value.errno == errno.EINVAL
     if os.geteuid() != 0:
         with pytest.raises(GuestError) as caught:
-            agent.run(["id"], user=0)
+            agent.run(["id"], user=0, cwd="/")
         assert caught.value.errno == errno.EPERM
         pytest.skip("only root becomes others")
     assert agent.run(["id", "-u"], user="nobody", text=True).stdout == "65534\n"
