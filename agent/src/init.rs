@@ -524,7 +524,7 @@ mod tests {
         assert!(boot.root.unwrap().overlay);
         assert_eq!(boot.fallback_command.unwrap().argv, [Text::Utf8("sh".into())]);
         assert!(serde_json::from_str::<Boot>("{}").is_ok());
-        for wrong in ["[]", r#"{"module": []}"#, r#"{"root": {"device": "/dev/vda"}}"#, r#"{"mounts": [{}]}"#] {
+        for wrong in ["null", r#"{"module": []}"#, r#"{"root": {"device": "/dev/vda"}}"#, r#"{"mounts": [{}]}"#] {
             assert!(serde_json::from_str::<Boot>(wrong).is_err(), "{wrong}");
         }
     }
