@@ -1,4 +1,5 @@
 # make demo   boot Linux and run a command in it      make test   lint and all tests
+# make docs   the documentation, into site/
 # make testbed-amd, make testbed-arm64   the KVM tests on real KVMs, in emulated machines
 # Each sets up what is missing. Interrupted, a step leaves no stamp and is done again.
 
@@ -11,11 +12,11 @@ RUST := engine/Cargo.toml engine/Cargo.lock $(shell find engine/src -name '*.rs'
 ARCH := $(shell uname -m)
 AGENT := src/kvmkit/guest/agent-$(ARCH)
 AGENT_OPTIONS := --release --target $(ARCH)-unknown-linux-gnu
-WRITTEN := src tests bench testbed
+WRITTEN := src tests bench testbed docs
 HEADERS := '^linux-headers-6\.[^-]*-common$$'  # the kernel's newest, as another witness of its structs
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test lint bench testbed-amd testbed-arm64 wheel clean
+.PHONY: build demo test lint docs bench testbed-amd testbed-arm64 wheel clean
 
 build: $(VENV)/.built $(AGENT)
 
@@ -51,7 +52,7 @@ test: lint
 	cd agent && $(CARGO) test $(AGENT_OPTIONS)
 	$(BIN)/pytest -q
 
-lint: build
+lint: build docs
 	@tools/need cargo-fmt=rustfmt-web cargo-clippy=rust-web-clippy
 	$(BIN)/ruff check $(WRITTEN)
 	$(BIN)/ruff format --check $(WRITTEN)
@@ -60,6 +61,9 @@ lint: build
 	$(CARGO) clippy --release $(MANIFEST) --no-default-features --all-targets -- -D warnings
 	cd agent && $(CARGO) fmt --check
 	cd agent && $(CARGO) clippy $(AGENT_OPTIONS) --all-targets -- -D warnings
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: build
 	@tools/need --optional qemu-system-x86_64=qemu-system-x86
@@ -78,4 +82,4 @@ wheel: $(VENV)/.created $(AGENT)
 	$(BIN)/maturin build --release --out dist
 
 clean:
-	rm -rf $(VENV) engine/target agent/target dist src/kvmkit/*.so src/kvmkit/guest
+	rm -rf $(VENV) engine/target agent/target dist site src/kvmkit/*.so src/kvmkit/guest
