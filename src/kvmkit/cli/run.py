@@ -205,8 +205,8 @@ def _run(
                 vm,
                 command or (image.command if image else ()) or ("sh", "-l"),
                 env=env,
-                cwd=cwd or (image.cwd if image else None),
-                user=user or (image.user if image else None),
+                cwd=cwd or (image.cwd if image else "") or None,
+                user=user or (image.user if image else "") or None,
                 timeout_s=_left(deadline, None),
                 on_escape=vm.halt,
             )
