@@ -17,10 +17,10 @@ class ImageConfig:
     """Environment variables, (name, value) each."""
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
-    cwd: str = ""
-    """`WorkingDir`; empty is ``/``."""
-    user: str = ""
-    """`User`: a name or number, or USER:GROUP; empty is root."""
+    cwd: str | None = None
+    """`WorkingDir`; None is ``/``."""
+    user: str | None = None
+    """`User`: a name or number, or USER:GROUP; None is root."""
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -40,8 +40,8 @@ class ImageConfig:
             tuple(env),
             _strings(config, "Entrypoint", what),
             _strings(config, "Cmd", what),
-            _string(config.get("WorkingDir") or "", "WorkingDir", what),
-            _string(config.get("User") or "", "User", what),
+            _string(config.get("WorkingDir") or "", "WorkingDir", what) or None,
+            _string(config.get("User") or "", "User", what) or None,
         )
 
     def to_oci(self) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class ImageConfig:
             "Env": [f"{name}={value}" for name, value in self.env],
             "Entrypoint": list(self.entrypoint),
             "Cmd": list(self.cmd),
-            "WorkingDir": self.cwd,
-            "User": self.user,
+            "WorkingDir": self.cwd or "",
+            "User": self.user or "",
         }
 
 
