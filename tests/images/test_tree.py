@@ -297,7 +297,7 @@ def entry(kind: str, path: Path, target: Path, data: bytes) -> Entry:
     return Entry(name + "/.wh..wh..opq")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(st.lists(OPERATIONS, max_size=8), min_size=1, max_size=4))
 def test_merging_agrees_with_the_model(layers: list[list[tuple[str, Path, Path]]]) -> None:
     model: Model = {}

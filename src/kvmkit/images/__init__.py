@@ -5,6 +5,8 @@ needs neither root nor tools; they come from OCI layouts and ``docker save`` arc
 (`debian`), and images stay in the user's cache (`store`).
 """
 
+# `oci` is imported where it is used: no other command waits for its decompressors.
+
 import hashlib
 import os
 import re
@@ -18,7 +20,6 @@ from typing import IO
 from kvmkit.errors import ImageError
 from kvmkit.images.config import ImageConfig
 from kvmkit.images.debian import DEFAULT_PACKAGES, SOURCE, debian
-from kvmkit.images.oci import Source, is_archive, is_layout
 from kvmkit.images.store import Image, Store
 
 __all__ = [
@@ -72,7 +73,7 @@ def resolve(root: str, progress: Callable[[str], None]) -> Root:
         if image is not None:
             return ImageRoot(image.path, image.fstype, image.config)
     path = Path(os.path.abspath(os.path.expanduser(root)))
-    if path.is_dir() and not is_layout(path):
+    if path.is_dir() and not _is_layout(path):
         if not any((path / name).is_dir() for name in ("usr/bin", "bin", "sbin")):
             raise ImageError(f"{root} is no root of a system: the directory has neither bin nor usr/bin")
         return DirectoryRoot(path)
@@ -123,6 +124,8 @@ def import_image(
     path = path.absolute()
     _check_source(path, str(path))
     store = Store()
+    from kvmkit.images.oci import Source
+
     with store.explained(), Source(path, store.directory) as source:
         return store.add(
             name or _safe(source.name.rpartition("/")[2] or path.name),
@@ -143,12 +146,24 @@ def _first_use(path: Path, root: str, progress: Callable[[str], None]) -> Image:
     name = prefix + hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]
     if (image := store.find(name)) is not None:
         return image
+    from kvmkit.images.oci import Source
+
     with store.explained(), Source(path, store.directory) as source:
         image = store.add(name, lambda: source.content(progress), progress, source=str(path), replace=False)
     for other in store.images():  # of what `path` once was
         if other.source == str(path) and other.name.startswith(prefix) and other.name != name:
             store.remove(other.name)
     return image
+
+
+def _is_layout(path: Path) -> bool:
+    return (path / "oci-layout").is_file() and (path / "index.json").is_file()
+
+
+def _is_archive(file: IO[bytes]) -> bool:
+    """Whether a file looks like a tar archive, or like something that gzip or zstd made."""
+    head = os.pread(file.fileno(), 512, 0)
+    return head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")) or head[257:262] == b"ustar"
 
 
 def _safe(name: str) -> str:
@@ -159,11 +174,11 @@ def _safe(name: str) -> str:
 def _check_source(path: Path, given: str) -> None:
     """`ImageError` unless `path` looks like a layout or an archive."""
     if path.is_dir():
-        if not is_layout(path):
+        if not _is_layout(path):
             raise ImageError(f"{given} is no OCI layout: the directory has no oci-layout and index.json")
         return
     with _opened(path, given) as file:
-        if not is_archive(file):
+        if not _is_archive(file):
             raise ImageError(f"{given} is no OCI layout and no docker save archive, nor an ext4 image")
 
 

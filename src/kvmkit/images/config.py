@@ -1,12 +1,16 @@
 """What an image says of the process that it is made for."""
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kvmkit.errors import ImageError
 
-__all__ = ["ImageConfig"]
+__all__ = ["ARCHITECTURE", "ImageConfig"]
+
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+"""This machine's, in OCI's spelling, which is Go's."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from kvmkit.errors import ImageError
-from kvmkit.images.config import ImageConfig
-from kvmkit.images.oci import ARCHITECTURE
+from kvmkit.images.config import ARCHITECTURE, ImageConfig
 from kvmkit.images.store import Content
 from kvmkit.images.tree import Tree
 

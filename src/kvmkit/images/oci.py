@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import posixpath
 import re
 import stat
@@ -30,14 +29,11 @@ from typing import IO, Any, Protocol, Self, cast
 import zstandard
 
 from kvmkit.errors import ImageError
-from kvmkit.images.config import ImageConfig
+from kvmkit.images.config import ARCHITECTURE, ImageConfig
 from kvmkit.images.store import Content
 from kvmkit.images.tree import HeaderReader, Tree
 
-__all__ = ["ARCHITECTURE", "Source", "is_archive", "is_layout"]
-
-ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-"""This machine's, in OCI's spelling."""
+__all__ = ["Source"]
 
 MAX_IMAGE_BYTES = 32 << 30
 """Of all layers of an image, unpacked: what is longer is a bomb, or nothing to run in a microVM."""
@@ -55,17 +51,6 @@ _INDEXES = {
     "application/vnd.docker.distribution.manifest.list.v2+json",
 }
 _REF_NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
-
-
-def is_layout(path: Path) -> bool:
-    """Whether a directory is an OCI layout."""
-    return (path / "oci-layout").is_file() and (path / "index.json").is_file()
-
-
-def is_archive(file: IO[bytes]) -> bool:
-    """Whether a file looks like a tar archive, or like something that is compressed."""
-    head = os.pread(file.fileno(), 512, 0)
-    return head.startswith((_GZIP, _ZSTD)) or head[257:262] == b"ustar"
 
 
 class _Files(Protocol):
