@@ -319,7 +319,7 @@ class Vm(Descriptor):
 
     def xen_hvm_evtchn_send(
         self, port: int, vcpu: int, priority: int = common.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
-    ) -> int:
+    ) -> None:
         """KVM_XEN_HVM_EVTCHN_SEND (x86): signal an event channel."""
         raise not_supported("KVM_XEN_HVM_EVTCHN_SEND")
 
@@ -400,6 +400,21 @@ class Vcpu(Descriptor):
 
         Whoever runs the vCPU clears `immediate_exit` before it runs it again. No ioctl: the kernel's way is a signal.
         """
+
+    def take_coalesced_mmio(self) -> list[common.kvm_coalesced_mmio]:
+        """Take the guest's writes from the coalesced MMIO ring, oldest first: all vCPUs', whichever is asked.
+
+        Take them before an exit is handled, for they came before it. No ioctl; see `Vm.register_coalesced_mmio`.
+        """
+        raise not_supported("the coalesced MMIO ring")
+
+    def take_dirty_gfns(self) -> list[tuple[int, int]]:
+        """Take what this vCPU wrote from its dirty ring: (slot, page in the slot), in order.
+
+        `Vm.reset_dirty_rings` makes KVM look out for these pages again. No ioctl; KVM_CAP_DIRTY_LOG_RING_ACQ_REL enables the
+        rings, before the first vCPU. EINVAL: not enabled.
+        """
+        raise not_supported("the dirty ring")
 
     def get_regs(self) -> x86.kvm_regs:
         """KVM_GET_REGS (x86)."""

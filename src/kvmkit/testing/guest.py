@@ -1,6 +1,7 @@
 """Tiny guests: a VM of one or two vCPUs with some code in it, on any engine."""
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -61,8 +62,12 @@ class Guest:
         pit: bool = False,
         vcpus: int = 1,
         timeout_s: float = 20.0,
+        capabilities: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Create it on `system`, with interrupt chips and a PIT if asked for."""
+        """Create it on `system`, with interrupt chips and a PIT if asked for.
+
+        `capabilities`, KVM_CAP_* and argument, are enabled for the VM before all else.
+        """
         self.engine = system.engine
         self.timeout_s = timeout_s
         self._threads: list[threading.Thread] = []
@@ -73,6 +78,8 @@ class Guest:
         self.map.add(0, self.memory)
         self.vm = system.create_vm()
         try:
+            for capability, argument in capabilities:
+                self.vm.enable_cap(capability, argument)
             if irqchip:
                 self.vm.create_irqchip()
             if pit:

@@ -52,6 +52,7 @@ class Vcpu(main.Vcpu):
     """A virtual processor on arm64."""
 
     run_class = a.kvm_run
+    coalesced_mmio_page = a.KVM_COALESCED_MMIO_PAGE_OFFSET
 
     def get_vcpu_events(self) -> a.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""

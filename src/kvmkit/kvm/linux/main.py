@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, Intr, decode
+from kvmkit.kvm.rings import CoalescedRing, DirtyRing
 from kvmkit.uapi import arm64, common, x86
 from kvmkit.uapi import common as c
+from kvmkit.uapi.capabilities import KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL
 from kvmkit.uapi.errors import ioctl_error
 from kvmkit.uapi.ioctls import IOCTLS
 
@@ -180,11 +182,20 @@ class Vm(Fd, contract.Vm):
         """Take over `fd`."""
         super().__init__(fd)
         self._mmap_size_bytes = mmap_size_bytes
+        self._dirty_ring_size_bytes = 0
         self._slot_size_bytes: dict[int, int] = {}  # KVM_GET_DIRTY_LOG doesn't say how long its bitmap is
 
     def create_vcpu(self, id: int) -> "Vcpu":
         """KVM_CREATE_VCPU."""
-        return self.vcpu_class(self._ioctl(c.KVM_CREATE_VCPU, id), id, self._mmap_size_bytes)
+        fd = self._ioctl(c.KVM_CREATE_VCPU, id)
+        return self.vcpu_class(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes)
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
+        """KVM_ENABLE_CAP."""
+        result = super().enable_cap(cap, *args, flags=flags)
+        if cap in (KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL):
+            self._dirty_ring_size_bytes = args[0]
+        return result
 
     def set_user_memory_region(
         self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int = 0
@@ -287,14 +298,22 @@ class Vcpu(Fd, contract.Vcpu):
     """A virtual processor."""
 
     run_class: type[x86.kvm_run] | type[arm64.kvm_run]
+    coalesced_mmio_page: int
+    """Page of the vCPU's mapping that is the coalesced MMIO ring (KVM_COALESCED_MMIO_PAGE_OFFSET)."""
 
-    def __init__(self, fd: int, id: int, mmap_size_bytes: int) -> None:
-        """Take over `fd` and map its kvm_run."""
+    def __init__(self, fd: int, id: int, mmap_size_bytes: int, dirty_ring_size_bytes: int) -> None:
+        """Take over `fd` and map its kvm_run, and its dirty ring if it has one."""
         super().__init__(fd)
         self.id = id
         self._running_tid = 0
+        self._coalesced: CoalescedRing | None = None
+        self._dirty_ring: DirtyRing | None = None
         try:
             self._mmap = mmap.mmap(fd, mmap_size_bytes, mmap.MAP_SHARED)
+            if dirty_ring_size_bytes:
+                offset = x86.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE  # arm64's is the same
+                self._dirty_mmap = mmap.mmap(fd, dirty_ring_size_bytes, mmap.MAP_SHARED, offset=offset)
+                self._dirty_ring = DirtyRing(memoryview(self._dirty_mmap))
         except BaseException:
             self.close()
             raise
@@ -333,6 +352,21 @@ class Vcpu(Fd, contract.Vcpu):
                 return decode(run, self._area)
             raise ioctl_error("KVM_RUN", error)
 
+    def take_coalesced_mmio(self) -> list[common.kvm_coalesced_mmio]:
+        """Take the guest's writes from the coalesced MMIO ring."""
+        self.kvm_run  # noqa: B018 - EBADF once closed
+        if self._coalesced is None:
+            start = self.coalesced_mmio_page * mmap.PAGESIZE
+            self._coalesced = CoalescedRing(self._area[start : start + mmap.PAGESIZE])
+        return self._coalesced.take()
+
+    def take_dirty_gfns(self) -> list[tuple[int, int]]:
+        """Take what this vCPU wrote from its dirty ring."""
+        self.kvm_run  # noqa: B018 - EBADF once closed
+        if self._dirty_ring is None:
+            raise ioctl_error("the dirty ring", errno.EINVAL, "enable KVM_CAP_DIRTY_LOG_RING_ACQ_REL first")
+        return self._dirty_ring.take()
+
     def kick(self) -> None:
         """Set `immediate_exit` and interrupt a running KVM_RUN with a signal. Does nothing on a closed vCPU."""
         run = self._run
@@ -347,7 +381,7 @@ class Vcpu(Fd, contract.Vcpu):
     def close(self) -> None:
         """Close it and unmap kvm_run, or leave that to whoever still holds an exit's `data`."""
         if self._fd >= 0 and hasattr(self, "_area"):
-            self._run = None
+            self._run = self._coalesced = self._dirty_ring = None
             self._area.release()
             try:
                 self._mmap.close()

@@ -101,7 +101,8 @@ class Vm(main.Vm):
     def create_vcpu(self, id: int) -> "Vcpu":
         """KVM_CREATE_VCPU."""
         fd = self._ioctl(c.KVM_CREATE_VCPU, id)
-        return Vcpu(fd, id, self._mmap_size_bytes, self.check_extension(KVM_CAP_XSAVE2))
+        xsave_size_bytes = self.check_extension(KVM_CAP_XSAVE2)
+        return Vcpu(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes, xsave_size_bytes)
 
     def set_tss_addr(self, addr: int) -> None:
         """KVM_SET_TSS_ADDR."""
@@ -224,19 +225,22 @@ class Vm(main.Vm):
 
     def xen_hvm_evtchn_send(
         self, port: int, vcpu: int, priority: int = c.KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
-    ) -> int:
+    ) -> None:
         """KVM_XEN_HVM_EVTCHN_SEND."""
-        return self._ioctl(x.KVM_XEN_HVM_EVTCHN_SEND, c.kvm_irq_routing_xen_evtchn(port, vcpu, priority))
+        self._ioctl(x.KVM_XEN_HVM_EVTCHN_SEND, c.kvm_irq_routing_xen_evtchn(port, vcpu, priority))
 
 
 class Vcpu(_Tables, main.Vcpu):
     """A virtual processor on x86."""
 
     run_class = x.kvm_run
+    coalesced_mmio_page = x.KVM_COALESCED_MMIO_PAGE_OFFSET
 
-    def __init__(self, fd: int, id: int, mmap_size_bytes: int, xsave_size_bytes: int) -> None:
+    def __init__(
+        self, fd: int, id: int, mmap_size_bytes: int, dirty_ring_size_bytes: int, xsave_size_bytes: int
+    ) -> None:
         """Take over `fd`; its XSAVE area has `xsave_size_bytes`, 0 if KVM_GET_XSAVE2 isn't there."""
-        super().__init__(fd, id, mmap_size_bytes)
+        super().__init__(fd, id, mmap_size_bytes, dirty_ring_size_bytes)
         self._xsave_size_bytes = xsave_size_bytes or ctypes.sizeof(x.kvm_xsave)
 
     def get_regs(self) -> x.kvm_regs:

@@ -570,6 +570,13 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_GET_CPUID2")
         return [x.kvm_cpuid_entry2(*entry) for entry in self._vcpu.get_cpuid()]
 
+    def set_cpuid(self, entries: Sequence[x.kvm_cpuid_entry]) -> None:
+        """KVM_SET_CPUID."""
+        self._check("KVM_SET_CPUID")
+        if len(entries) > 256:
+            raise ioctl_error("KVM_SET_CPUID", errno.E2BIG)
+        self._vcpu.set_cpuid([(e.function, 0, 0, e.eax, e.ebx, e.ecx, e.edx) for e in entries])
+
     def set_cpuid2(self, entries: Sequence[x.kvm_cpuid_entry2]) -> None:
         """KVM_SET_CPUID2."""
         self._check("KVM_SET_CPUID2")

@@ -1,0 +1,80 @@
+"""Guest memory beyond plain slots: KVM_SET_USER_MEMORY_REGION2, guest_memfd, attributes, pre-faulting."""
+
+import errno
+import os
+from collections.abc import Callable
+
+import pytest
+
+from kvmkit.kvm import Kvm
+from kvmkit.kvm.exits import Hlt, Io
+from kvmkit.testing import MEMORY_BYTES, Guest
+from kvmkit.uapi.common import KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_userspace_memory_region2
+
+EXTRA = 0x200000
+
+
+@pytest.mark.backs("KVM_SET_USER_MEMORY_REGION2")
+def test_region2(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """Without a guest_memfd it is KVM_SET_USER_MEMORY_REGION: create, move, delete."""
+    needs("KVM_CAP_USER_MEMORY2")
+    with Guest(kvm, f"mov eax, [{EXTRA}]\nout 0x10, al\nmov eax, [{EXTRA + 0x1000}]\nhlt") as guest:
+        guest.map.write(0x50000, b"EXTRA")
+        region = kvm_userspace_memory_region2(
+            slot=1, guest_phys_addr=EXTRA, memory_size=0x1000, userspace_addr=guest.memory.address + 0x50000
+        )
+        guest.vm.set_user_memory_region2(region)
+        assert isinstance(guest.run(), Io)
+        assert guest.vcpu.get_regs().rax == int.from_bytes(b"EXTR", "little")
+        region.guest_phys_addr += 0x1000
+        guest.vm.set_user_memory_region2(region)
+        assert guest.run() == Hlt()
+        region.memory_size = 0
+        guest.vm.set_user_memory_region2(region)
+        with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION") as error:
+            guest.vm.set_user_memory_region2(region)
+        assert error.value.errno == errno.EINVAL
+
+
+@pytest.mark.backs("KVM_CREATE_GUEST_MEMFD")
+def test_guest_memfd(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    needs("KVM_CAP_GUEST_MEMFD")
+    with kvm.create_vm() as vm:
+        fd = vm.create_guest_memfd(0x10000)
+        try:
+            assert os.fstat(fd).st_size == 0x10000
+        finally:
+            os.close(fd)
+        for size, flags in ((0, 0), (0x1001, 0), (0x1000, 1 << 40)):
+            with pytest.raises(OSError, match="KVM_CREATE_GUEST_MEMFD") as error:
+                vm.create_guest_memfd(size, flags)
+            assert error.value.errno == errno.EINVAL
+
+
+@pytest.mark.backs("KVM_SET_MEMORY_ATTRIBUTES")
+def test_memory_attributes(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """Memory becomes private where the VM knows private memory."""
+    attributes = needs("KVM_CAP_MEMORY_ATTRIBUTES")
+    with kvm.create_vm() as vm:
+        vm.set_memory_attributes(0x1000, 0x1000, attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        with pytest.raises(OSError, match="KVM_SET_MEMORY_ATTRIBUTES") as error:
+            vm.set_memory_attributes(0x1001, 0x1000, 0)
+        assert error.value.errno == errno.EINVAL
+
+
+@pytest.mark.backs("KVM_PRE_FAULT_MEMORY")
+def test_pre_fault(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    needs("KVM_CAP_PRE_FAULT_MEMORY")
+    with Guest(kvm, "hlt") as guest:
+        assert guest.vcpu.pre_fault_memory(0x10000, 0x4000) == 0
+        for gpa, size, flags, number in (
+            (0x10800, 0x1000, 0, errno.EINVAL),
+            (0x10000, 0x800, 0, errno.EINVAL),
+            (0x10000, 0, 0, errno.EINVAL),
+            (0x10000, 0x1000, 1, errno.EINVAL),
+            (MEMORY_BYTES, 0x1000, 0, errno.ENOENT),
+        ):
+            with pytest.raises(OSError, match="KVM_PRE_FAULT_MEMORY") as error:
+                guest.vcpu.pre_fault_memory(gpa, size, flags)
+            assert error.value.errno == number
+        assert guest.run() == Hlt()

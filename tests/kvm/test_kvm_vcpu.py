@@ -1,0 +1,218 @@
+"""What a vCPU has beside the state of `test_kvm_state`: machine checks, nested state, task priority, SMM, statistics, attributes."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+
+import pytest
+
+from kvmkit.kvm import Kvm
+from kvmkit.kvm.exits import Io, TprAccess
+from kvmkit.kvm.stats import read_stats
+from kvmkit.testing import DATA, Guest
+from kvmkit.uapi import x86
+from kvmkit.uapi.capabilities import KVM_CAP_TSC_CONTROL
+from kvmkit.uapi.common import KVM_REG_SIZE_U64, KVM_REG_X86
+
+LAPIC = 0xFEE00000
+
+
+def refused(call: Callable[[], object], *numbers: int) -> None:
+    """Assert that a call fails with one of these errnos."""
+    with pytest.raises(OSError, match="KVM_") as error:
+        call()
+    assert error.value.errno in numbers
+
+
+@pytest.mark.backs("KVM_GET_SREGS2", "KVM_SET_SREGS2")
+def test_sregs2(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    needs("KVM_CAP_SREGS2")
+    with Guest(kvm, "hlt") as guest:
+        sregs2, sregs = guest.vcpu.get_sregs2(), guest.vcpu.get_sregs()
+        assert bytes(sregs2)[: x86.kvm_sregs2.flags.offset] == bytes(sregs)[: x86.kvm_sregs2.flags.offset]  # type: ignore[attr-defined]
+        assert sregs2.flags == 0  # no PDPTRs in long mode
+        sregs2.fs.base, sregs2.cr2 = 0x7000, 0x9000
+        guest.vcpu.set_sregs2(sregs2)
+        again = guest.vcpu.get_sregs()
+        assert (again.fs.base, again.cr2) == (0x7000, 0x9000)
+        sregs2.flags = 1 << 40
+        refused(lambda: guest.vcpu.set_sregs2(sregs2), errno.EINVAL)
+
+
+@pytest.mark.backs("KVM_SET_CPUID")
+def test_old_cpuid(kvm: Kvm) -> None:
+    """Leaves without sub-leaves; KVM_GET_CPUID2 returns them."""
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid([x86.kvm_cpuid_entry(0, 1, 2, 3, 4), x86.kvm_cpuid_entry(1, 0x600F20, 0, 0, 1)])
+        leaves = {e.function: (e.index, e.eax) for e in vcpu.get_cpuid2()}
+        assert leaves[0] == (0, 1) and leaves[1] == (0, 0x600F20)
+        refused(lambda: vcpu.set_cpuid([x86.kvm_cpuid_entry()] * 300), errno.E2BIG)
+
+
+MCG_STATUS, MC0_STATUS = 0x17A, 0x401
+
+
+@pytest.mark.backs("KVM_X86_SETUP_MCE", "KVM_X86_GET_MCE_CAP_SUPPORTED", "KVM_X86_SET_MCE")
+def test_machine_check(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """A corrected error is logged in its bank; an uncorrected one is an exception."""
+    assert needs("KVM_CAP_MCE") >= 1
+    supported = kvm.x86_get_mce_cap_supported()
+    assert supported & 1 << 8  # MCG_CTL
+    code = "set_gate 18, handler\nload_idt\nout 0x10, al\nnop\nnop\nhlt\nhandler:\nout 0x12, al\nhlt"
+    with Guest(kvm, code, irqchip=True) as guest:
+        vcpu = guest.vcpu
+        refused(lambda: vcpu.x86_setup_mce(33), errno.EINVAL)
+        refused(lambda: vcpu.x86_setup_mce(1 << 60 | 4), errno.EINVAL)
+        vcpu.x86_setup_mce(supported & ~0xFF | 4)
+        refused(lambda: vcpu.x86_set_mce(x86.kvm_x86_mce(status=1 << 63, bank=4)), errno.EINVAL)
+        refused(lambda: vcpu.x86_set_mce(x86.kvm_x86_mce(status=0, bank=0)), errno.EINVAL)
+        vcpu.x86_set_mce(x86.kvm_x86_mce(status=1 << 63 | 0x11, bank=0))
+        assert vcpu.get_msrs([MC0_STATUS])[MC0_STATUS] == 1 << 63 | 0x11
+        assert isinstance(guest.run(), Io)
+        sregs = vcpu.get_sregs()
+        sregs.cr4 |= 1 << 6  # MCE
+        vcpu.set_sregs(sregs)
+        vcpu.x86_set_mce(x86.kvm_x86_mce(status=1 << 63 | 1 << 61 | 0x22, mcg_status=5, bank=0))
+        exit_ = guest.run()
+        assert isinstance(exit_, Io) and exit_.port == 0x12
+        assert vcpu.get_msrs([MCG_STATUS])[MCG_STATUS] & 4
+
+
+@pytest.mark.backs("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE")
+def test_nested_state(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """Outside a nested guest it is the head alone; what contradicts itself is refused."""
+    assert needs("KVM_CAP_NESTED_STATE") >= ctypes.sizeof(x86.kvm_nested_state)
+    with Guest(kvm, "hlt") as guest:
+        state = guest.vcpu.get_nested_state()
+        head = x86.kvm_nested_state.from_buffer_copy(state)
+        assert head.size == len(state) and head.format in (0, 1)
+        assert not head.flags & x86.KVM_STATE_NESTED_GUEST_MODE
+        guest.vcpu.set_nested_state(state)
+        assert guest.vcpu.get_nested_state() == state
+        head.format = 7
+        refused(lambda: guest.vcpu.set_nested_state(bytes(head)), errno.EINVAL)
+        head.format, head.size = 1, 1 << 20
+        refused(lambda: guest.vcpu.set_nested_state(bytes(head)), errno.EINVAL)
+
+
+@pytest.mark.backs("KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR")
+def test_tpr_access(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """With reporting, the guest's access to its task priority may exit (processors that shadow it never do)."""
+    needs("KVM_CAP_VAPIC")
+    with Guest(kvm, f"mov ebx, {LAPIC}\nmov dword ptr [rbx + 0x80], 0x20\nhlt", irqchip=True) as guest:
+        guest.vcpu.tpr_access_reporting(True)
+        guest.vcpu.tpr_access_reporting(False)
+        guest.vcpu.set_vapic_addr(DATA)
+        guest.vcpu.set_vapic_addr(0)
+    with Guest(kvm, "hlt") as guest:
+        refused(lambda: guest.vcpu.set_vapic_addr(DATA), errno.EINVAL)
+    assert TprAccess(0, True).is_write
+
+
+@pytest.mark.backs("KVM_SMI")
+def test_smi(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """An SMI enters system management mode at SMBASE + 0x8000; RSM leaves it."""
+    needs("KVM_CAP_X86_SMM")
+    with Guest(kvm, "out 0x10, al\nnop\nhlt", irqchip=True) as guest:
+        smbase = 0x40000
+        assert guest.vcpu.set_msrs({0x9E: smbase}) == 1
+        memory = guest.memory  # system management mode has slots of its own (KVM_CAP_MULTI_ADDRESS_SPACE)
+        guest.vm.set_user_memory_region(1 << 16, 0, memory.size_bytes, memory.address)
+        guest.load("mov al, 0x77\nout 0x70, al\nrsm", bits=16, address=smbase + 0x8000)
+        assert isinstance(guest.run(), Io)
+        guest.vcpu.smi()
+        exit_ = guest.run()
+        assert isinstance(exit_, Io) and (exit_.port, bytes(exit_.data)) == (0x70, b"\x77")
+        assert guest.vcpu.kvm_run.flags & x86.KVM_RUN_X86_SMM
+
+
+@pytest.mark.backs("KVM_KVMCLOCK_CTRL")
+def test_kvmclock_ctrl(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """Sets PVCLOCK_GUEST_STOPPED in the guest's clock page, if it has one."""
+    needs("KVM_CAP_KVMCLOCK_CTRL")
+    code = f"mov ecx, {x86.MSR_KVM_SYSTEM_TIME_NEW}\nmov eax, {DATA} | 1\nxor edx, edx\nwrmsr\nout 0x10, al\nnop\nout 0x11, al\nhlt"
+    with Guest(kvm, code, irqchip=True) as guest:
+        refused(guest.vcpu.kvmclock_ctrl, errno.EINVAL)
+        assert isinstance(guest.run(), Io)
+        flags = DATA + 29  # of pvclock_vcpu_time_info
+        assert not guest.memory.read(flags, 1)[0] & 2
+        guest.vcpu.kvmclock_ctrl()
+        assert isinstance(guest.run(), Io)
+        assert guest.memory.read(flags, 1)[0] & 2
+
+
+@pytest.mark.backs("KVM_GET_STATS_FD")
+def test_statistics(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    needs("KVM_CAP_BINARY_STATS_FD")
+    with Guest(kvm, "out 0x10, al\nout 0x10, al\nhlt", irqchip=True) as guest:
+        vm_fd, vcpu_fd = guest.vm.get_stats_fd(), guest.vcpu.get_stats_fd()
+        try:
+            before = read_stats(vcpu_fd)
+            assert isinstance(guest.run(), Io)
+            after = read_stats(vcpu_fd)
+            assert before.id.endswith("vcpu-0") and read_stats(vm_fd).id
+            assert after["exits"].value > before["exits"].value
+            assert after["exits"].type == "cumulative" and after["exits"].unit == ""
+            histogram = after["halt_poll_success_hist"]
+            assert histogram.type == "logarithmic histogram" and len(histogram.values) > 10
+            assert (histogram.unit, histogram.base, histogram.exponent) == ("seconds", 10, -9)
+        finally:
+            os.close(vm_fd)
+            os.close(vcpu_fd)
+
+
+@pytest.mark.backs("KVM_SET_TSC_KHZ", "KVM_GET_TSC_KHZ")
+def test_tsc_frequency(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """A frequency can be set where the processor scales; elsewhere only what is within KVM's tolerance, or faster."""
+    needs("KVM_CAP_GET_TSC_KHZ")
+    if kvm.engine == "soft" and not kvm.check_extension(KVM_CAP_TSC_CONTROL):
+        pytest.skip("soft: no KVM_CAP_TSC_CONTROL")
+    with Guest(kvm, "hlt", irqchip=True) as guest:
+        khz = guest.vcpu.get_tsc_khz()
+        assert khz > 0
+        if kvm.check_extension(KVM_CAP_TSC_CONTROL):
+            guest.vcpu.set_tsc_khz(khz // 2)
+            assert guest.vcpu.get_tsc_khz() == khz // 2
+        else:
+            guest.vcpu.set_tsc_khz(khz)
+            assert guest.vcpu.get_tsc_khz() == khz
+            refused(lambda: guest.vcpu.set_tsc_khz(khz // 2), errno.EINVAL)  # a faster one it would feign
+
+
+@pytest.mark.backs("KVM_SET_DEVICE_ATTR", "KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR")
+def test_tsc_offset_attribute(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """The guest's TSC is the host's plus an offset that can be read and set."""
+    needs("KVM_CAP_VCPU_ATTRIBUTES")
+    with Guest(kvm, "rdtsc\nout 0x10, al\nrdtsc\nout 0x11, al\nhlt", irqchip=True) as guest:
+        vcpu = guest.vcpu
+        group, attr = x86.KVM_VCPU_TSC_CTRL, x86.KVM_VCPU_TSC_OFFSET
+        assert vcpu.has_device_attr(group, attr) and not vcpu.has_device_attr(group, 77)
+        offset = ctypes.c_uint64()
+        vcpu.get_device_attr(group, attr, ctypes.addressof(offset))
+        assert isinstance(guest.run(), Io)
+        regs = vcpu.get_regs()
+        before = regs.rdx << 32 | regs.rax & 0xFFFFFFFF
+        offset.value += 1 << 50
+        vcpu.set_device_attr(group, attr, ctypes.addressof(offset))
+        again = ctypes.c_uint64()
+        vcpu.get_device_attr(group, attr, ctypes.addressof(again))
+        if kvm.engine == "linux" and again.value == 0:
+            pytest.skip("linux: this KVM's guests have the host's TSC (kvm_pvm)")
+        assert again.value == offset.value
+        assert isinstance(guest.run(), Io)
+        regs = vcpu.get_regs()
+        assert 1 << 50 <= (regs.rdx << 32 | regs.rax & 0xFFFFFFFF) - before < 1 << 51
+
+
+@pytest.mark.backs("KVM_GET_ONE_REG", "KVM_SET_ONE_REG", "KVM_GET_REG_LIST")
+def test_one_reg(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """On x86 since Linux 6.18: MSRs one by one."""
+    needs("KVM_CAP_ONE_REG")
+    lstar = KVM_REG_X86 | KVM_REG_SIZE_U64 | 2 << 32 | 0xC0000082
+    with Guest(kvm, "hlt") as guest:
+        guest.vcpu.set_one_reg(lstar, 0x123456)
+        assert guest.vcpu.get_one_reg(lstar) == 0x123456
+        assert guest.vcpu.get_msrs([0xC0000082]) == {0xC0000082: 0x123456}
+        assert isinstance(guest.vcpu.get_reg_list(), list)
+        refused(lambda: guest.vcpu.get_one_reg(KVM_REG_X86 | KVM_REG_SIZE_U64 | 99 << 32), errno.EINVAL)
