@@ -1,13 +1,16 @@
 //! Delivery of exceptions and interrupts through the IVT or IDT (Intel SDM volume 3, chapter 6).
 
-use crate::access;
-use crate::cpu::{CS, Cpu, Exception, Exit, IoState, RSP, Res, SS, Seg, Stop, Vcpu, efer, mmu_mode, rflags};
-use crate::debug;
+use crate::cpu::{
+    CS, Cpu, DS, ES, Exception, Exit, FS, GS, IoState, RSP, Res, SS, Seg, Stop, Vcpu, efer, mmu_mode, rflags,
+};
 use crate::mmu::is_canonical;
 use crate::segment::{
-    Descriptor, GP, NP, SS_FAULT, TS, is_real, read_descriptor, set_cs, set_descriptor_bits, unsupported,
+    Descriptor, GP, NP, SS_FAULT, TS, is_real, on_stack, read_descriptor, set_cs, set_descriptor_bits,
 };
+use crate::{access, debug, task};
 
+/// Descriptor type.
+const TASK_GATE: u8 = 5;
 const DB: u8 = 1;
 const DF: u8 = 8;
 const PF: u8 = 14;
@@ -45,8 +48,11 @@ pub fn deliver(v: &mut Vcpu, mut e: Exception) -> Res<()> {
                 }
                 let double = contributory(e.vector) && contributory(second.vector)
                     || e.vector == PF && (contributory(second.vector) || second.vector == PF);
-                if second.vector == PF {
-                    v.cpu.cr2 = second.payload;
+                match second.vector {
+                    PF => v.cpu.cr2 = second.payload,
+                    // Of a task switch to a TSS with the trap bit.
+                    DB => debug::set_dr6(&mut v.cpu, second.payload),
+                    _ => {}
                 }
                 e = if double { Exception::with_error(DF, 0) } else { second };
             }
@@ -108,9 +114,6 @@ fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf
     if is_real(&v.cpu) {
         return real(v, vector);
     }
-    if v.cpu.sysflags & rflags::VM != 0 {
-        return unsupported("an interrupt in virtual-8086 mode");
-    }
     let long = v.cpu.efer & efer::LMA != 0;
     let size = if long { 16 } else { 8 };
     let idt_fault = Exception::gp(table_error(vector, software));
@@ -124,8 +127,7 @@ fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf
     let kind = gate.kind();
     match kind {
         0xe | 0xf => {}
-        6 | 7 if !long => {}
-        5 if !long => return unsupported("a task gate"),
+        TASK_GATE | 6 | 7 if !long => {}
         _ => return Err(idt_fault.into()),
     }
     if software && gate.dpl() < v.cpu.cpl {
@@ -136,6 +138,11 @@ fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf
     }
     let ext = !software as u32;
     let sel = (low >> 16) as u16;
+    if kind == TASK_GATE {
+        v.cpu.sysflags |= rf;
+        let next = v.cpu.rip;
+        return task::switch(v, sel, task::Cause::Interrupt, next, error).map_err(|stop| external(stop, ext));
+    }
     let gp = |sel: u16| Exception::with_error(GP, sel as u32 & 0xfffc | ext);
     if sel & 0xfffc == 0 {
         return Err(Exception::with_error(GP, ext).into());
@@ -150,6 +157,9 @@ fn through_gate(v: &mut Vcpu, vector: u8, error: Option<u32>, software: bool, rf
     }
     let offset = low & 0xffff | low >> 48 << 16 | high << 32;
     let cpl = if code.is_conforming() { v.cpu.cpl } else { code.dpl() };
+    if v.cpu.sysflags & rflags::VM != 0 && cpl != 0 {
+        return Err(gp(sel).into());
+    }
     let interrupt_gate = kind & 1 == 0;
     let entry = if long {
         long_mode(v, offset, sel, code, cpl, (low >> 32 & 7) as u8, error, rf)
@@ -243,23 +253,34 @@ fn protected(
     let wide = kind & 8 != 0;
     let outer = v.cpu.cpl;
     let (mut ss, mut esp) = (v.cpu.segs[SS], v.cpu.gpr[RSP]);
-    let mut words = Vec::with_capacity(6);
+    let mut words = Vec::with_capacity(10);
+    let virtual_8086 = v.cpu.sysflags & rflags::VM != 0;
     if cpl != outer {
         let (new_ss, new_esp) = inner_stack(v, cpl)?;
+        if virtual_8086 {
+            words.extend([GS, FS, DS, ES].map(|s| v.cpu.segs[s].sel as u64));
+        }
         words.extend([v.cpu.segs[SS].sel as u64, v.cpu.gpr[RSP]]);
         (ss, esp) = (new_ss, new_esp);
     }
     words.extend([v.cpu.rflags() | rf, v.cpu.segs[CS].sel as u64, v.cpu.rip]);
     words.extend(error.map(u64::from));
     let size = if wide { 4 } else { 2 };
-    let mut bytes = Vec::with_capacity(24);
+    let mut bytes = Vec::with_capacity(40);
     for w in words.iter().rev() {
         bytes.extend_from_slice(&w.to_le_bytes()[..size]);
     }
     let mask = if ss.db() { 0xffff_ffff } else { 0xffff };
     let new_esp = esp.wrapping_sub(bytes.len() as u64) & mask;
     let mode = if cpl == 3 { mmu_mode::USER } else { mmu_mode::KERNEL };
-    access::write(v, ss.base.wrapping_add(new_esp) & 0xffff_ffff, &bytes, mode)?;
+    let sel_of_new = if cpl != outer { ss.sel as u32 & 0xfffc } else { 0 };
+    let la = on_stack(&ss, new_esp, bytes.len() as u64).ok_or(Exception::with_error(SS_FAULT, sel_of_new))?;
+    access::write(v, la, &bytes, mode)?;
+    if virtual_8086 {
+        for s in [ES, DS, FS, GS] {
+            v.cpu.segs[s] = Seg { unusable: true, ..Seg::default() };
+        }
+    }
     let code = set_descriptor_bits(v, sel, code, 1)?;
     v.cpu.segs[SS] = ss;
     v.cpu.gpr[RSP] = if ss.db() { new_esp } else { v.cpu.gpr[RSP] & !0xffff | new_esp };
@@ -291,7 +312,7 @@ pub fn inner_stack(v: &mut Vcpu, cpl: u8) -> Res<(Seg, u64)> {
 }
 
 /// Read `len` bytes of the TSS at `offset`; #TS if beyond its limit.
-fn tss_read(v: &mut Vcpu, offset: u64, len: usize) -> Res<u64> {
+pub fn tss_read(v: &mut Vcpu, offset: u64, len: usize) -> Res<u64> {
     if offset + len as u64 - 1 > v.cpu.tr.limit as u64 {
         return Err(Exception::with_error(TS, v.cpu.tr.sel as u32 & 0xfffc).into());
     }

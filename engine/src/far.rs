@@ -1,13 +1,14 @@
 //! Far control transfers: JMP, CALL and RET between segments, IRET, SYSCALL and SYSENTER (Intel SDM volume 2,
 //! under each instruction; AMD APM volume 3 for SYSCALL and SYSRET).
 
-use crate::access;
-use crate::cpu::{CS, DS, ES, Exception, FS, GS, RCX, RDX, RSP, Res, SS, Seg, Vcpu, efer, rflags};
+use crate::cpu::{CS, DS, ES, Exception, FS, GS, RCX, RDX, RSP, Res, SS, Seg, Vcpu, efer, mmu_mode, rflags};
 use crate::mmu::is_canonical;
 use crate::segment::{
-    Descriptor, GP, NP, SS_FAULT, is_real, is_real_or_v86, linear, read_descriptor, set_cs, set_descriptor_bits,
-    unsupported,
+    Descriptor, GP, NP, SS_FAULT, is_real, is_real_or_v86, linear, load, on_stack, read_descriptor,
+    read_descriptor_high, set_cs, set_descriptor_bits,
 };
+use crate::task::{self, Cause};
+use crate::{access, exception};
 
 fn gp(sel: u16) -> Exception {
     Exception::with_error(GP, sel as u32 & 0xfffc)
@@ -15,13 +16,7 @@ fn gp(sel: u16) -> Exception {
 
 /// Mask of the stack pointer in the current stack segment.
 pub fn stack_mask(v: &Vcpu) -> u64 {
-    if v.cpu.long64() {
-        u64::MAX
-    } else if v.cpu.segs[SS].db() {
-        0xffff_ffff
-    } else {
-        0xffff
-    }
+    if v.cpu.long64() { u64::MAX } else { stack_mask_of(&v.cpu.segs[SS]) }
 }
 
 /// Set RSP under the stack mask.
@@ -71,14 +66,29 @@ fn operand_mask(size: usize) -> u64 {
     }
 }
 
-/// Far JMP to `sel:offset` with an operand size of `size` bytes.
-pub fn jmp(v: &mut Vcpu, sel: u16, offset: u64, size: usize) -> Res<()> {
+/// Far JMP to `sel:offset` with an operand size of `size` bytes; `next` is the address behind it.
+pub fn jmp(v: &mut Vcpu, sel: u16, offset: u64, size: usize, next: u64) -> Res<()> {
     let offset = offset & operand_mask(size);
     if is_real_or_v86(&v.cpu) {
         return real_target(v, sel, offset);
     }
-    let (d, cpl) = code_target(v, sel)?;
-    go(v, sel, d, cpl, offset)
+    let d = target(v, sel)?;
+    match d.kind() {
+        CALL_GATE_16 | CALL_GATE => {
+            let gate = Gate::read(v, sel, d)?;
+            if !gate.code.is_conforming() && gate.code.dpl() != v.cpu.cpl {
+                return Err(gp(gate.sel).into());
+            }
+            let cpl = v.cpu.cpl;
+            go(v, gate.sel, gate.code, cpl, gate.offset)
+        }
+        TASK_GATE => task::through_gate(v, sel, d, Cause::Jmp, next),
+        TSS_16 | TSS => task::direct(v, sel, d, Cause::Jmp, next),
+        _ => {
+            let cpl = check_target(v, sel, d)?;
+            go(v, sel, d, cpl, offset)
+        }
+    }
 }
 
 /// Far CALL; `next` is the return address.
@@ -92,14 +102,25 @@ pub fn call(v: &mut Vcpu, sel: u16, offset: u64, size: usize, next: u64) -> Res<
         push_all(v, &[cs, next], size)?;
         return real_target(v, sel, offset);
     }
-    let (d, cpl) = code_target(v, sel)?;
-    check_offset(v, d, offset)?;
-    push_all(v, &[cs, next], size)?;
-    go(v, sel, d, cpl, offset)
+    let d = target(v, sel)?;
+    match d.kind() {
+        CALL_GATE_16 | CALL_GATE => {
+            let gate = Gate::read(v, sel, d)?;
+            call_through(v, gate, next)
+        }
+        TASK_GATE => task::through_gate(v, sel, d, Cause::Call, next),
+        TSS_16 | TSS => task::direct(v, sel, d, Cause::Call, next),
+        _ => {
+            let cpl = check_target(v, sel, d)?;
+            check_offset(v, d, offset)?;
+            push_all(v, &[cs, next], size)?;
+            go(v, sel, d, cpl, offset)
+        }
+    }
 }
 
 fn real_target(v: &mut Vcpu, sel: u16, offset: u64) -> Res<()> {
-    if offset > v.cpu.segs[CS].limit as u64 && is_real(&v.cpu) {
+    if offset > v.cpu.segs[CS].limit as u64 {
         return Err(Exception::gp(0).into());
     }
     v.cpu.segs[CS].sel = sel;
@@ -108,25 +129,116 @@ fn real_target(v: &mut Vcpu, sel: u16, offset: u64) -> Res<()> {
     Ok(())
 }
 
-/// Check the target of a far JMP or CALL without a gate: its descriptor and the CPL there.
-fn code_target(v: &mut Vcpu, sel: u16) -> Res<(Descriptor, u8)> {
+/// Types of system descriptors.
+const TSS_16: u8 = 1;
+const CALL_GATE_16: u8 = 4;
+const TASK_GATE: u8 = 5;
+const TSS: u8 = 9;
+const CALL_GATE: u8 = 12;
+
+/// The descriptor that a far JMP or CALL names: code, or what leads on in this mode.
+fn target(v: &mut Vcpu, sel: u16) -> Res<Descriptor> {
     if sel & 0xfffc == 0 {
         return Err(Exception::gp(0).into());
     }
     let d = read_descriptor(v, sel, GP)?;
-    if !d.is_code() {
-        let long = v.cpu.efer & efer::LMA != 0;
-        if d.kind() == 12 || (!long && matches!(d.kind(), 1 | 4 | 5 | 9)) {
-            return unsupported("a far transfer through a call gate, task gate or TSS");
-        }
-        return Err(gp(sel).into());
-    }
+    let long = v.cpu.efer & efer::LMA != 0;
+    let leads_on = match d.kind() {
+        CALL_GATE => true,
+        TSS_16 | CALL_GATE_16 | TASK_GATE | TSS => !long,
+        _ => d.is_code(),
+    };
+    if leads_on { Ok(d) } else { Err(gp(sel).into()) }
+}
+
+/// Check code that a far JMP or CALL names itself: the CPL there.
+fn check_target(v: &Vcpu, sel: u16, d: Descriptor) -> Res<u8> {
     let (rpl, cpl) = (sel as u8 & 3, v.cpu.cpl);
     if if d.is_conforming() { d.dpl() > cpl } else { rpl > cpl || d.dpl() != cpl } {
         return Err(gp(sel).into());
     }
     check_code(v, sel, d)?;
-    Ok((d, cpl))
+    Ok(cpl)
+}
+
+/// A call gate that may be used, and the code behind it.
+struct Gate {
+    sel: u16,
+    code: Descriptor,
+    offset: u64,
+    /// Bytes of what is pushed.
+    size: usize,
+    /// Parameters to copy to an inner stack.
+    parameters: u64,
+}
+
+impl Gate {
+    /// Of the descriptor `d` that `sel` names.
+    fn read(v: &mut Vcpu, sel: u16, d: Descriptor) -> Res<Self> {
+        let long = v.cpu.efer & efer::LMA != 0;
+        let high = if long { read_descriptor_high(v, sel, GP)? } else { 0 };
+        if d.dpl() < v.cpu.cpl || sel as u8 & 3 > d.dpl() || high >> 40 & 0x1f != 0 {
+            return Err(gp(sel).into());
+        }
+        if !d.present() {
+            return Err(Exception::with_error(NP, sel as u32 & 0xfffc).into());
+        }
+        let target = (d.0 >> 16) as u16;
+        if target & 0xfffc == 0 {
+            return Err(Exception::gp(0).into());
+        }
+        let code = read_descriptor(v, target, GP)?;
+        if !code.is_code() || code.dpl() > v.cpu.cpl || long && code.attr() & (Seg::L | Seg::DB) != Seg::L {
+            return Err(gp(target).into());
+        }
+        if !code.present() {
+            return Err(Exception::with_error(NP, target as u32 & 0xfffc).into());
+        }
+        let wide = d.kind() == CALL_GATE;
+        let offset = d.0 & 0xffff | if wide { d.0 >> 48 << 16 | (high & 0xffff_ffff) << 32 } else { 0 };
+        let size = if long { 8 } else { 2 + 2 * wide as usize };
+        Ok(Self { sel: target, code, offset, size, parameters: if long { 0 } else { d.0 >> 32 & 31 } })
+    }
+}
+
+fn call_through(v: &mut Vcpu, gate: Gate, next: u64) -> Res<()> {
+    let long = gate.size == 8;
+    check_offset(v, gate.code, gate.offset)?;
+    let inner = !gate.code.is_conforming() && gate.code.dpl() < v.cpu.cpl;
+    let cpl = if inner { gate.code.dpl() } else { v.cpu.cpl };
+    // From the top of the stack up.
+    let mut words = vec![next, v.cpu.segs[CS].sel as u64];
+    let (mut ss, mut sp) = (v.cpu.segs[SS], v.cpu.gpr[RSP]);
+    if inner {
+        for n in 0..gate.parameters {
+            words.push(peek(v, n, gate.size)?);
+        }
+        words.extend([v.cpu.gpr[RSP], v.cpu.segs[SS].sel as u64]);
+        if long {
+            sp = exception::tss_read(v, 4 + cpl as u64 * 8, 8)?;
+            ss = Seg { sel: cpl as u16, attr: (cpl as u16) << 5, unusable: true, ..Seg::default() };
+        } else {
+            (ss, sp) = exception::inner_stack(v, cpl)?;
+        }
+    }
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()[..gate.size].to_vec()).collect();
+    let sel = if inner { ss.sel as u32 & 0xfffc } else { 0 };
+    let mask = if long { u64::MAX } else { stack_mask_of(&ss) };
+    let new = sp.wrapping_sub(bytes.len() as u64) & mask;
+    let la = if long { is_canonical(new).then_some(new) } else { on_stack(&ss, new, bytes.len() as u64) };
+    let la = la.ok_or(Exception::with_error(SS_FAULT, sel))?;
+    let mode = if cpl == 3 { mmu_mode::USER } else { mmu_mode::KERNEL };
+    access::write(v, la, &bytes, mode)?;
+    let code = set_descriptor_bits(v, gate.sel, gate.code, 1)?;
+    v.cpu.segs[SS] = ss;
+    v.cpu.gpr[RSP] = if mask == 0xffff { v.cpu.gpr[RSP] & !0xffff | new } else { new };
+    set_cs(v, gate.sel, code, cpl);
+    v.cpu.rip = gate.offset;
+    Ok(())
+}
+
+fn stack_mask_of(ss: &Seg) -> u64 {
+    if ss.db() { 0xffff_ffff } else { 0xffff }
 }
 
 fn check_code(v: &Vcpu, sel: u16, d: Descriptor) -> Res<()> {
@@ -185,18 +297,42 @@ pub fn iret(v: &mut Vcpu, size: usize) -> Res<()> {
         return Ok(());
     }
     if v.cpu.sysflags & rflags::VM != 0 {
-        return unsupported("IRET in virtual-8086 mode");
-    }
-    if v.cpu.sysflags & rflags::NT != 0 {
-        if v.cpu.efer & efer::LMA != 0 {
+        if v.cpu.sysflags & rflags::IOPL != rflags::IOPL {
             return Err(Exception::gp(0).into());
         }
-        return unsupported("IRET from a nested task");
+        real_target(v, sel, offset)?;
+        let keep = rflags::VM | rflags::IOPL | rflags::VIF | rflags::VIP | if size == 2 { !0xffff } else { 0 };
+        let old = v.cpu.rflags();
+        v.cpu.set_rflags(old & keep & !rflags::RF | flags & !keep);
+        drop_stack(v, 3 * size as u64);
+        return Ok(());
+    }
+    if v.cpu.sysflags & rflags::NT != 0 && v.cpu.efer & efer::LMA != 0 {
+        return Err(Exception::gp(0).into());
     }
     if flags & rflags::VM != 0 && v.cpu.cpl == 0 && v.cpu.efer & efer::LMA == 0 && size == 4 {
-        return unsupported("IRET to virtual-8086 mode");
+        return enter_v86(v, sel, offset, flags);
     }
     return_to(v, sel, offset, size, 3, 0, Some(flags))
+}
+
+/// IRET to virtual-8086 mode: behind EIP, CS and EFLAGS there are ESP, SS, ES, DS, FS and GS.
+fn enter_v86(v: &mut Vcpu, sel: u16, offset: u64, flags: u64) -> Res<()> {
+    let mut words = [0; 6];
+    for (n, word) in words.iter_mut().enumerate() {
+        *word = peek(v, 3 + n as u64, 4)?;
+    }
+    if offset > 0xffff {
+        return Err(Exception::gp(0).into());
+    }
+    v.cpu.set_rflags(flags);
+    v.cpu.cpl = 3;
+    let values = [sel, words[1] as u16, words[2] as u16, words[3] as u16, words[4] as u16, words[5] as u16];
+    for (index, value) in [CS, SS, ES, DS, FS, GS].into_iter().zip(values) {
+        load(v, index, value)?;
+    }
+    (v.cpu.gpr[RSP], v.cpu.rip) = (words[0], offset);
+    Ok(())
 }
 
 /// The common part of far RET and IRET in protected and long mode: `words` values are on the stack, then

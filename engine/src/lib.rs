@@ -27,6 +27,7 @@ pub mod segment;
 pub mod signal;
 pub mod state;
 pub mod sys;
+pub mod task;
 pub mod thunks;
 pub mod timer;
 pub mod translate;

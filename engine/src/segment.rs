@@ -1,7 +1,7 @@
 //! Segments: descriptors, and loading them into segment registers (Intel SDM volume 3, chapters 3 and 5).
 
 use crate::access;
-use crate::cpu::{CS, Cpu, Exception, Exit, FS, GS, Res, SS, Seg, Vcpu, cr0, efer, mmu_mode, rflags};
+use crate::cpu::{CS, Cpu, Exception, FS, GS, Res, SS, Seg, Vcpu, cr0, efer, mmu_mode, rflags};
 
 pub const NP: u8 = 11;
 pub const SS_FAULT: u8 = 12;
@@ -101,8 +101,22 @@ pub fn set_descriptor_bits(v: &mut Vcpu, sel: u16, d: Descriptor, bits: u8) -> R
     Ok(new)
 }
 
+/// Clear type bits of the descriptor in memory.
+pub fn clear_descriptor_bits(v: &mut Vcpu, sel: u16, d: Descriptor, bits: u8) -> Res<()> {
+    let new = d.0 & !((bits as u64) << 40);
+    match descriptor_address(&v.cpu, sel, 8) {
+        Some(at) => access::write_u8(v, at.wrapping_add(5), (new >> 40) as u8, mmu_mode::KERNEL),
+        None => Ok(()),
+    }
+}
+
 /// MOV to, POP of, or LxS of a data segment register or SS.
 pub fn load(v: &mut Vcpu, index: usize, sel: u16) -> Res<()> {
+    load_or(v, index, sel, GP)
+}
+
+/// `load` where `vector` says that the selector or its descriptor is wrong: #GP, or #TS in a task switch.
+pub fn load_or(v: &mut Vcpu, index: usize, sel: u16, vector: u8) -> Res<()> {
     let cpu = &mut v.cpu;
     if is_real_or_v86(cpu) {
         let v86 = cpu.sysflags & rflags::VM != 0;
@@ -116,25 +130,25 @@ pub fn load(v: &mut Vcpu, index: usize, sel: u16) -> Res<()> {
     let cpl = cpu.cpl;
     if sel & 0xfffc == 0 {
         if index == SS && (!cpu.long64() || cpl == 3 || sel as u8 & 3 != cpl) {
-            return Err(Exception::gp(0).into());
+            return Err(fault(vector, 0).into());
         }
         // In long mode the base of a null FS or GS is left alone by AMD, cleared by Intel.
         cpu.segs[index] =
             Seg { sel, attr: if index == SS { (cpl as u16) << 5 } else { 0 }, unusable: true, ..Seg::default() };
         return Ok(());
     }
-    let d = read_descriptor(v, sel, GP)?;
+    let d = read_descriptor(v, sel, vector)?;
     let rpl = sel as u8 & 3;
     if index == SS {
         if rpl != cpl || !d.is_writable() || d.dpl() != cpl {
-            return Err(fault(GP, sel).into());
+            return Err(fault(vector, sel).into());
         }
         if !d.present() {
             return Err(fault(SS_FAULT, sel).into());
         }
     } else {
         if !d.is_readable() || (!d.is_conforming() && (rpl > d.dpl() || cpl > d.dpl())) {
-            return Err(fault(GP, sel).into());
+            return Err(fault(vector, sel).into());
         }
         if !d.present() {
             return Err(fault(NP, sel).into());
@@ -238,6 +252,14 @@ pub enum Inspect {
     Write,
 }
 
+/// Linear address of `len` bytes on the stack `ss`, which is about to be installed; `None` if it does not hold them.
+pub fn on_stack(ss: &Seg, sp: u64, len: u64) -> Option<u64> {
+    let last = sp + len - 1;
+    let top = if ss.db() { 0xffff_ffff } else { 0xffff };
+    let inside = if ss.attr & 4 != 0 { sp > ss.limit as u64 && last <= top } else { last <= ss.limit as u64 };
+    inside.then_some(ss.base.wrapping_add(sp) & 0xffff_ffff)
+}
+
 /// Linear address of `offset` in a segment, checked for an access of `len` bytes.
 ///
 /// 64-bit mode: canonical form only (by the MMU), bases of FS and GS. Else limits, types and #SS or #GP.
@@ -273,8 +295,4 @@ pub fn linear(cpu: &Cpu, index: usize, offset: u64, len: u64, write: bool) -> Re
         return Err(bad);
     }
     Ok(s.base.wrapping_add(offset) & 0xffff_ffff)
-}
-
-pub fn unsupported<T>(what: &str) -> Res<T> {
-    Err(Exit::InternalError(format!("{what} is not supported")).into())
 }

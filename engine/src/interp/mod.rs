@@ -14,7 +14,7 @@ use crate::access;
 use crate::careful;
 use crate::classify::{Class, Features, classify, uses_avx512};
 use crate::cpu::{
-    CS, Cpu, Exception, Exit, FS, GS, RAX, RBP, RCX, RDX, RSP, Res, SS, Stop, Vcpu, cr0, cr4, rflags, shadow,
+    CS, Cpu, Exception, Exit, FS, GS, RAX, RBP, RCX, RDX, RSP, Res, SS, Stop, Vcpu, cr0, cr4, efer, rflags, shadow,
 };
 use crate::debug;
 use crate::far::{self, peek, push_all, set_rsp, stack_mask};
@@ -22,6 +22,7 @@ use crate::helpers::polled;
 use crate::mmu;
 use crate::segment::{self, Inspect};
 use crate::sys;
+use crate::task;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -464,7 +465,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
         // Near and far transfers.
         Jmp if is_far(i) => {
             let (sel, offset, size) = far_operand(v, i)?;
-            far::jmp(v, sel, offset, size)?;
+            far::jmp(v, sel, offset, size, i.next_ip())?;
             return Ok(Done::Jumped);
         }
         Call if is_far(i) => {
@@ -515,7 +516,12 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
                 Iretd => 4,
                 _ => 8,
             };
-            far::iret(v, size)?;
+            let nested = v.cpu.sysflags & (rflags::NT | rflags::VM) == rflags::NT;
+            if nested && v.cpu.cr0 & cr0::PE != 0 && v.cpu.efer & efer::LMA == 0 {
+                task::back(v, i.next_ip())?;
+            } else {
+                far::iret(v, size)?;
+            }
             sys::reconsider_interrupts(&mut v.cpu);
             return Ok(Done::Jumped);
         }
@@ -574,6 +580,10 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
                 && let Some(exit) = debug::software_breakpoint(v)
             {
                 return Err(exit.into());
+            }
+            let flags = v.cpu.sysflags;
+            if i.mnemonic() == Int && flags & rflags::VM != 0 && flags & rflags::IOPL != rflags::IOPL {
+                return Err(Exception::gp(0).into());
             }
             if i.mnemonic() != Into || v.cpu.aflags & rflags::OF != 0 {
                 // The frame shows the next instruction, but a fault on the way shows this one.
