@@ -17,6 +17,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from kvmkit.errors import KvmkitError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _MAX_SOCKET_PATH_BYTES = 107
+_ABANDONED_S = 60.0
 _LONGEST = "/vsock.sock_4294967295"
 
 
@@ -176,7 +178,8 @@ def every() -> list[VmDirectory]:
     for path in sorted(base_directory().iterdir()):
         directory = VmDirectory(path)
         if not directory.alive() and not (path / "end.json").exists():
-            if (path / "vm.json").exists():
+            # One without vm.json may be about to be locked by somebody who has just made it.
+            if (path / "vm.json").exists() or time.time() - path.stat().st_mtime > _ABANDONED_S:
                 directory.remove()
             continue
         found.append(directory)
