@@ -23,6 +23,8 @@ READY_S = 120.0
 """How long a machine may take until its agent runs: emulated on a busy host, a large root may take some tens of seconds."""
 _CONNECT_S = 30.0
 _STOP_S = 10.0
+_AGENT_SOON_S = 1.0
+"""`stop` waits so long for the agent of a machine that is still booting, or was attached to just now."""
 
 
 class Options(TypedDict, total=False):
@@ -168,7 +170,8 @@ class Machine(VmProcess):
 
     @property
     def warnings(self) -> list[str]:
-        """What its init found wrong and went on without, once its agent runs."""
+        """What its init found wrong and went on without. Waits for its agent."""
+        self.wait_ready()
         return [str(line) for line in self._details("agent")["warnings"]]
 
     def run(self, argv: Sequence[str], **options: Any) -> CompletedProcess[Any]:
@@ -228,8 +231,9 @@ class Machine(VmProcess):
 
         A guest that doesn't within `timeout_s` seconds, or has no agent, is stopped where it stands.
         """
-        if self.end is None and self._has("agent"):
+        if self.end is None and self._has_agent:
             with suppress(KvmkitError, OSError):
+                self.wait_ready(_AGENT_SOON_S)
                 self.agent.shutdown()
             with suppress(VmTimeout):
                 return self.wait(timeout_s)
