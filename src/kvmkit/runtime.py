@@ -7,7 +7,8 @@ The base is ``$XDG_RUNTIME_DIR/kvmkit``, or ``/tmp/kvmkit-UID`` where there is n
 - ``control.sock``: requests and events (`kvmkit.vmm.control`);
 - ``vsock.sock``: the guest's vsock ports, in Firecracker's convention (`kvmkit.devices.virtio.vsock`);
 - ``console.sock``: the serial console, for one client at a time;
-- ``console.log``: the serial console's output, the last few MiB of it.
+- ``console.log``: the serial console's output, or that of the command on it, the last few MiB;
+- ``process.log``: warnings and errors of the VM process, if it was detached.
 """
 
 import fcntl
@@ -81,6 +82,11 @@ class VmDirectory:
     def console_log(self) -> Path:
         """What its console wrote."""
         return self.path / "console.log"
+
+    @property
+    def process_log(self) -> Path:
+        """What a detached VM process itself had to say."""
+        return self.path / "process.log"
 
     def alive(self) -> bool:
         """Whether its VM process runs."""

@@ -15,7 +15,7 @@ _LOOK_S = 0.2
 @click.argument("name")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the guest ends.")
 def logs(name: str, follow: bool) -> None:
-    """Print what the guest NAME, running or ended, wrote on its serial console: its kernel's log, and a detached command's output.
+    """Print what a detached command wrote, or, without one, the serial console of the guest NAME, running or ended.
 
     The last 4 MiB of it are kept.
     """

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -111,13 +111,18 @@ class VmProcess:
                 control_fd = give(theirs.fileno())
             message |= {name: -1 if fd is None else give(fd) for name, fd in descriptors.items()}
             self._add(Event("spawned", time.monotonic_ns()))
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kvmkit.vmm", str(control_fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=passed,
-                start_new_session=self._detached,
-            )
+            with ExitStack() as stack:
+                log = None
+                if self._detached and self.directory is not None:  # it outlives our stderr
+                    log = stack.enter_context(open(self.directory.process_log, "wb"))
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "kvmkit.vmm", str(control_fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    pass_fds=passed,
+                    start_new_session=self._detached,
+                )
         except OSError as error:
             self.close()
             raise VmError(f"can't start a VM process: {error}") from error

@@ -31,7 +31,7 @@ class Console:
     r"""Takes what the guest writes; calls back for markers.
 
     Each of `sinks` gets every byte as it comes. With `command_only`, they get what stands between the two markers, and the terminal's ``\r\n`` as the ``\n``
-    that the command wrote. `tail` keeps the last 4 KiB of everything.
+    that the command wrote, but not `raw_sinks`. `tail` keeps the last 4 KiB of everything.
     """
 
     def __init__(
@@ -40,9 +40,11 @@ class Console:
         on_event: Callable[[str, int], None],
         *,
         command_only: bool = False,
+        raw_sinks: Sequence[Callable[[bytes], None]] = (),
     ) -> None:
         """`on_event` gets ("console", 0), ("init", 0), ("exit", status) and ("panic", 0), each at most once."""
         self._sinks = sinks
+        self._raw_sinks = raw_sinks
         self._on_event = on_event
         self._told: set[str] = set()
         self._line = b""
@@ -52,6 +54,8 @@ class Console:
     def feed(self, data: bytes) -> None:
         """The guest wrote `data`."""
         self._tell("console")
+        for sink in self._raw_sinks:
+            sink(data)
         self.tail = (self.tail + data)[-_TAIL_BYTES:]
         shown = data if self._output is None else self._output.feed(data)
         if shown:

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
             control.send(event)
 
     with ExitStack() as stack:
+        raw_sinks: list[Callable[[bytes], None]] = []
         sinks = [writer(config.output_fd, ending)] if config.output_fd >= 0 else []
         if directory is not None:
             if not config.detached:
@@ -109,8 +111,10 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
             sinks.append(stack.enter_context(ConsoleLog(directory.console_log)).write)
             control.listen(directory.control, requests)
             socket_ = ConsoleSocket(directory.console)
-            sinks.append(socket_.write)
-        console = Console(sinks, told, command_only=bool(config.console_command) and not config.verbose)
+            raw_sinks.append(socket_.write)
+        console = Console(
+            sinks, told, command_only=bool(config.console_command) and not config.verbose, raw_sinks=raw_sinks
+        )
         system = stack.enter_context(kvm.open(engine))
         with build(
             system, config, directory, console.feed, ending, lambda text: control.send("progress", text=text)
