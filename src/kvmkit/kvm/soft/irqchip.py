@@ -67,34 +67,7 @@ class IrqChip:
 
     def set_routing(self, entries: Sequence[c.kvm_irq_routing_entry]) -> None:
         """KVM_SET_GSI_ROUTING; EINVAL for what can't be routed to."""
-        pins: dict[int, list[_Pin]] = {}
-        msis: dict[int, list[tuple[int, int]]] = {}
-        for e in entries:
-            if e.gsi >= 4096:
-                raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi} is 4096 or more")
-            if e.flags:
-                raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"flags {e.flags:#x} of GSI {e.gsi}")
-            if e.gsi in msis or (e.type == c.KVM_IRQ_ROUTING_MSI and e.gsi in pins):
-                raise ioctl_error(
-                    "KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi}: nothing beside a message"
-                )
-            if e.type == c.KVM_IRQ_ROUTING_MSI:
-                address = e.u.msi.address_hi << 32 | e.u.msi.address_lo
-                msis.setdefault(e.gsi, []).append((address, e.u.msi.data))
-            elif e.type == c.KVM_IRQ_ROUTING_IRQCHIP:
-                chip, pin = e.u.irqchip.irqchip, e.u.irqchip.pin
-                limit = {
-                    x.KVM_IRQCHIP_PIC_MASTER: 8,
-                    x.KVM_IRQCHIP_PIC_SLAVE: 8,
-                    x.KVM_IRQCHIP_IOAPIC: ioapic.PINS,
-                }
-                if pin >= limit.get(chip, 0):
-                    raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"chip {chip} has no pin {pin}")
-                if any(chip == other for other, _ in pins.get(e.gsi, ())):
-                    raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"GSI {e.gsi}: chip {chip} twice")
-                pins.setdefault(e.gsi, []).append((chip, pin))
-            else:
-                raise ioctl_error("KVM_SET_GSI_ROUTING", errno.EINVAL, f"routing type {e.type}")
+        pins, msis = _parse(entries, _CHIP_PINS)
         with self.lock:
             self.pins, self.msis = pins, msis
             self._publish()
@@ -116,17 +89,16 @@ class IrqChip:
             routes.append((gsi, messages, self.msis.get(gsi, []), python))
         self._vm.set_routes(routes)
 
-    def line(self, gsi: int, level: int) -> None:
-        """KVM_IRQ_LINE: drive GSI `gsi`."""
+    def line(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: drive GSI `gsi`; the sum of what its routes say that don't say -1, or -1."""
         with self.lock:
+            said = []
             for chip, pin in self.pins.get(gsi, ()):
                 if chip == x.KVM_IRQCHIP_IOAPIC:
-                    self.ioapic.set_irq(pin, level)
+                    said.append(self.ioapic.set_irq(pin, level))
                 else:
-                    self.pic.set_irq(pin + 8 * (chip == x.KVM_IRQCHIP_PIC_SLAVE), level)
-            if level:
-                for address, data in self.msis.get(gsi, ()):
-                    self._vm.signal_msi(address, data)
+                    said.append(self.pic.set_irq(pin + 8 * (chip == x.KVM_IRQCHIP_PIC_SLAVE), level))
+            return _status([*said, *_send_msis(self._vm, self.msis, gsi, level)])
 
     def pulse(self, gsi: int) -> None:
         """Raise and lower GSI `gsi`."""
@@ -180,3 +152,79 @@ class IrqChip:
                     self.ioapic.set_state(chip.chip.ioapic)
                 case _:
                     raise ioctl_error("KVM_SET_IRQCHIP", errno.EINVAL, f"no chip {chip.chip_id}")
+
+
+class SplitIrqChip:
+    """Local APICs alone (KVM_CAP_SPLIT_IRQCHIP): GSIs send messages; the other chips are user space's."""
+
+    def __init__(self, vm: _engine.Vm, ioapic_pins: int) -> None:
+        """The first `ioapic_pins` GSIs are pins of an IOAPIC of user space's, which wants to hear of ends of interrupt."""
+        self._vm = vm
+        self._ioapic_pins = ioapic_pins
+        self._msis: _Msis = {}
+
+    def close(self) -> None:
+        """Nothing runs here."""
+
+    def set_routing(self, entries: Sequence[c.kvm_irq_routing_entry]) -> None:
+        """KVM_SET_GSI_ROUTING: messages alone."""
+        _, self._msis = _parse(entries, {})
+        self._vm.set_routes([(gsi, [], messages, False) for gsi, messages in self._msis.items()])
+
+    def line(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS."""
+        return _status(_send_msis(self._vm, self._msis, gsi, level))
+
+    def handles(self, vector: int) -> bool:
+        """Whether a level-triggered message of an IOAPIC's pin has `vector`: its end exits (KVM_EXIT_IOAPIC_EOI)."""
+        return any(
+            data & 0xFF == vector and data & _MSI_LEVEL
+            for gsi, messages in self._msis.items()
+            if gsi < self._ioapic_pins
+            for _, data in messages
+        )
+
+
+_Msis = dict[int, list[tuple[int, int]]]
+"""GSI → address and data of each message."""
+_MSI_LEVEL = 1 << 15
+_CHIP_PINS = {x.KVM_IRQCHIP_PIC_MASTER: 8, x.KVM_IRQCHIP_PIC_SLAVE: 8, x.KVM_IRQCHIP_IOAPIC: ioapic.PINS}
+
+
+def _parse(
+    entries: Sequence[c.kvm_irq_routing_entry], chip_pins: dict[int, int]
+) -> tuple[dict[int, list[_Pin]], _Msis]:
+    """Routes to pins and messages, given the chips and their pins. EINVAL."""
+    name = "KVM_SET_GSI_ROUTING"
+    pins: dict[int, list[_Pin]] = {}
+    msis: _Msis = {}
+    for e in entries:
+        if e.gsi >= 4096:
+            raise ioctl_error(name, errno.EINVAL, f"GSI {e.gsi} is 4096 or more")
+        if e.flags:
+            raise ioctl_error(name, errno.EINVAL, f"flags {e.flags:#x} of GSI {e.gsi}")
+        if e.gsi in msis or (e.type == c.KVM_IRQ_ROUTING_MSI and e.gsi in pins):
+            raise ioctl_error(name, errno.EINVAL, f"GSI {e.gsi}: nothing beside a message")
+        if e.type == c.KVM_IRQ_ROUTING_MSI:
+            address = e.u.msi.address_hi << 32 | e.u.msi.address_lo
+            msis.setdefault(e.gsi, []).append((address, e.u.msi.data))
+        elif e.type == c.KVM_IRQ_ROUTING_IRQCHIP:
+            chip, pin = e.u.irqchip.irqchip, e.u.irqchip.pin
+            if pin >= chip_pins.get(chip, 0):
+                raise ioctl_error(name, errno.EINVAL, f"chip {chip} has no pin {pin}")
+            if any(chip == other for other, _ in pins.get(e.gsi, ())):
+                raise ioctl_error(name, errno.EINVAL, f"GSI {e.gsi}: chip {chip} twice")
+            pins.setdefault(e.gsi, []).append((chip, pin))
+        else:
+            raise ioctl_error(name, errno.EINVAL, f"routing type {e.type}")
+    return pins, msis
+
+
+def _send_msis(vm: _engine.Vm, msis: _Msis, gsi: int, level: int) -> list[int]:
+    """Send a GSI's messages as its line rises: how many local APICs took each, -1 for none."""
+    return [vm.signal_msi(address, data) or -1 for address, data in msis.get(gsi, ())] if level else []
+
+
+def _status(said: list[int]) -> int:
+    """KVM_IRQ_LINE_STATUS's answer of its routes'."""
+    return sum(n for n in said if n >= 0) if any(n >= 0 for n in said) else -1

@@ -16,14 +16,22 @@ from kvmkit import _engine
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
 from kvmkit.kvm.soft import eventfd
-from kvmkit.kvm.soft.irqchip import IrqChip
+from kvmkit.kvm.soft.coalesced_mmio import CoalescedMmio
+from kvmkit.kvm.soft.irqchip import IrqChip, SplitIrqChip
+from kvmkit.kvm.soft.memslots import MANUAL_PROTECT, MAX_SLOTS, MemSlots
 from kvmkit.kvm.soft.x86 import ioapic
 from kvmkit.kvm.soft.x86.cpuid import get_supported_cpuid
-from kvmkit.uapi import arm64, common
-from kvmkit.uapi import capabilities as cap
+from kvmkit.uapi import arm64, capabilities, common
 from kvmkit.uapi import common as c
 from kvmkit.uapi import x86 as x
 from kvmkit.uapi.errors import ioctl_error
+
+_libc = ctypes.CDLL(None)
+
+
+class _iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_uint64), ("len", ctypes.c_size_t))
+
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -31,8 +39,6 @@ _R = TypeVar("_R")
 _PAGE = 4096
 _MMAP_BYTES = 3 * _PAGE
 _MAX_VCPUS = 64
-_MAX_SLOTS = 512
-_MAX_PHYSICAL = 1 << 46
 _EXTINT = 1 << 16
 """The engine's own exit reason: the PIC is asked for a vector."""
 
@@ -55,44 +61,57 @@ _GUEST_DEBUG = (
 _XSAVE_BYTES = 4096
 
 _CAPABILITIES = {
-    cap.KVM_CAP_IRQCHIP: 1,
-    cap.KVM_CAP_HLT: 1,
-    cap.KVM_CAP_USER_MEMORY: 1,
-    cap.KVM_CAP_SET_TSS_ADDR: 1,
-    cap.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
-    cap.KVM_CAP_EXT_CPUID: 1,
-    cap.KVM_CAP_CLOCKSOURCE: 1,
-    cap.KVM_CAP_NR_VCPUS: 2,
-    cap.KVM_CAP_MAX_VCPUS: _MAX_VCPUS,
-    cap.KVM_CAP_MAX_VCPU_ID: _MAX_VCPUS,
-    cap.KVM_CAP_NR_MEMSLOTS: _MAX_SLOTS,
-    cap.KVM_CAP_DESTROY_MEMORY_REGION_WORKS: 1,
-    cap.KVM_CAP_JOIN_MEMORY_REGIONS_WORKS: 1,
-    cap.KVM_CAP_READONLY_MEM: 1,
-    cap.KVM_CAP_SET_BOOT_CPU_ID: 1,
-    cap.KVM_CAP_MP_STATE: 1,
-    cap.KVM_CAP_USER_NMI: 1,
-    cap.KVM_CAP_PIT2: 1,
-    cap.KVM_CAP_PIT_STATE2: 1,
-    cap.KVM_CAP_IRQ_ROUTING: 1,
-    cap.KVM_CAP_IRQFD: 1,
-    cap.KVM_CAP_IOEVENTFD: 1,
-    cap.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
-    cap.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
-    cap.KVM_CAP_SIGNAL_MSI: 1,
-    cap.KVM_CAP_VCPU_EVENTS: 1,
-    cap.KVM_CAP_DEBUGREGS: 1,
-    cap.KVM_CAP_SET_GUEST_DEBUG: 1,
-    cap.KVM_CAP_SET_GUEST_DEBUG2: _GUEST_DEBUG,
-    cap.KVM_CAP_XSAVE: 1,
-    cap.KVM_CAP_XSAVE2: _XSAVE_BYTES,
-    cap.KVM_CAP_XCRS: 1,
-    cap.KVM_CAP_TSC_DEADLINE_TIMER: 1,
-    cap.KVM_CAP_GET_TSC_KHZ: 1,
-    cap.KVM_CAP_ADJUST_CLOCK: _CLOCK_FLAGS,
-    cap.KVM_CAP_IMMEDIATE_EXIT: 1,
-    cap.KVM_CAP_CHECK_EXTENSION_VM: 1,
-    cap.KVM_CAP_INTERNAL_ERROR_DATA: 1,
+    capabilities.KVM_CAP_IRQCHIP: 1,
+    capabilities.KVM_CAP_HLT: 1,
+    capabilities.KVM_CAP_USER_MEMORY: 1,
+    capabilities.KVM_CAP_SET_TSS_ADDR: 1,
+    capabilities.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
+    capabilities.KVM_CAP_EXT_CPUID: 1,
+    capabilities.KVM_CAP_CLOCKSOURCE: 1,
+    capabilities.KVM_CAP_NR_VCPUS: 2,
+    capabilities.KVM_CAP_MAX_VCPUS: _MAX_VCPUS,
+    capabilities.KVM_CAP_MAX_VCPU_ID: _MAX_VCPUS,
+    capabilities.KVM_CAP_NR_MEMSLOTS: MAX_SLOTS,
+    capabilities.KVM_CAP_DESTROY_MEMORY_REGION_WORKS: 1,
+    capabilities.KVM_CAP_JOIN_MEMORY_REGIONS_WORKS: 1,
+    capabilities.KVM_CAP_READONLY_MEM: 1,
+    capabilities.KVM_CAP_SET_BOOT_CPU_ID: 1,
+    capabilities.KVM_CAP_MP_STATE: 1,
+    capabilities.KVM_CAP_USER_NMI: 1,
+    capabilities.KVM_CAP_PIT2: 1,
+    capabilities.KVM_CAP_PIT_STATE2: 1,
+    capabilities.KVM_CAP_IRQ_ROUTING: 1,
+    capabilities.KVM_CAP_IRQFD: 1,
+    capabilities.KVM_CAP_IOEVENTFD: 1,
+    capabilities.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
+    capabilities.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
+    capabilities.KVM_CAP_SIGNAL_MSI: 1,
+    capabilities.KVM_CAP_VCPU_EVENTS: 1,
+    capabilities.KVM_CAP_DEBUGREGS: 1,
+    capabilities.KVM_CAP_SET_GUEST_DEBUG: 1,
+    capabilities.KVM_CAP_SET_GUEST_DEBUG2: _GUEST_DEBUG,
+    capabilities.KVM_CAP_XSAVE: 1,
+    capabilities.KVM_CAP_XSAVE2: _XSAVE_BYTES,
+    capabilities.KVM_CAP_XCRS: 1,
+    capabilities.KVM_CAP_TSC_DEADLINE_TIMER: 1,
+    capabilities.KVM_CAP_GET_TSC_KHZ: 1,
+    capabilities.KVM_CAP_ADJUST_CLOCK: _CLOCK_FLAGS,
+    capabilities.KVM_CAP_IMMEDIATE_EXIT: 1,
+    capabilities.KVM_CAP_CHECK_EXTENSION_VM: 1,
+    capabilities.KVM_CAP_INTERNAL_ERROR_DATA: 1,
+    capabilities.KVM_CAP_COALESCED_MMIO: x.KVM_COALESCED_MMIO_PAGE_OFFSET,
+    capabilities.KVM_CAP_COALESCED_PIO: 1,
+    capabilities.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT,
+    capabilities.KVM_CAP_USER_MEMORY2: 1,
+    capabilities.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    capabilities.KVM_CAP_SYNC_REGS: x.KVM_SYNC_X86_VALID_FIELDS,
+    capabilities.KVM_CAP_SREGS2: 1,
+    capabilities.KVM_CAP_PIT: 1,
+    capabilities.KVM_CAP_IRQ_INJECT_STATUS: 1,
+    capabilities.KVM_CAP_SPLIT_IRQCHIP: 1,
+    capabilities.KVM_CAP_ENABLE_CAP: 1,
+    capabilities.KVM_CAP_ENABLE_CAP_VM: 1,
+    capabilities.KVM_CAP_SYS_ATTRIBUTES: 1,
 }
 
 
@@ -162,6 +181,17 @@ class Kvm(_Descriptor, contract.Kvm):
         self._check("KVM_GET_MSR_FEATURE_INDEX_LIST")
         return []
 
+    def get_device_attr(self, group: int, attr: int, addr: int = 0) -> None:
+        """KVM_GET_DEVICE_ATTR."""
+        if not self.has_device_attr(group, attr):
+            raise ioctl_error("KVM_GET_DEVICE_ATTR", errno.ENXIO, f"attribute {attr} of group {group}")
+        _named("KVM_GET_DEVICE_ATTR", _store_u64, addr, _engine.supported_xcr0())
+
+    def has_device_attr(self, group: int, attr: int) -> bool:
+        """KVM_HAS_DEVICE_ATTR."""
+        self._check("KVM_HAS_DEVICE_ATTR")
+        return (group, attr) == (x.KVM_X86_GRP_SYSTEM, x.KVM_X86_XCOMP_GUEST_SUPP)
+
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """KVM_GET_MSRS: there are no feature MSRs."""
         self._check("KVM_GET_MSRS")
@@ -174,11 +204,11 @@ class Vm(_Descriptor, contract.Vm):
     def __init__(self) -> None:
         """Create one without memory or vCPUs."""
         self._vm = _engine.Vm(_engine.host_tsc_khz())
-        self._slots: dict[int, tuple[int, int, int, int]] = {}  # gpa, size, hva, flags
-        self._slots_lock = threading.Lock()
+        self.slots = MemSlots(self._vm)
+        self.coalesced = CoalescedMmio()
         self._vcpus: dict[int, Vcpu] = {}
         self._pid = os.getpid()
-        self.irqchip: IrqChip | None = None
+        self.irqchip: IrqChip | SplitIrqChip | None = None
 
     def close(self) -> None:
         """Release it with its vCPUs and chips. vCPUs must have left `run`. In a child of os.fork it is the parent's still."""
@@ -221,36 +251,14 @@ class Vm(_Descriptor, contract.Vm):
         """KVM_SET_USER_MEMORY_REGION."""
         name = "KVM_SET_USER_MEMORY_REGION"
         self._check(name)
-        known = c.KVM_MEM_LOG_DIRTY_PAGES | c.KVM_MEM_READONLY
-        if flags & ~known or not 0 <= slot < _MAX_SLOTS:
-            raise ioctl_error(name, errno.EINVAL, f"flags {flags:#x} or slot {slot} unknown")
-        if (guest_phys_addr | memory_size | userspace_addr) & _PAGE - 1:
-            raise ioctl_error(name, errno.EINVAL, "addresses and size must be multiples of 4096")
-        if guest_phys_addr + memory_size > _MAX_PHYSICAL or userspace_addr + memory_size >= 1 << 47:
-            raise ioctl_error(name, errno.EINVAL, "beyond the end of the address space")
-        with self._slots_lock:
-            self._set_slot(slot, guest_phys_addr, memory_size, userspace_addr, flags)
+        self.slots.set_region(name, slot, guest_phys_addr, memory_size, userspace_addr, flags)
 
-    def _set_slot(
-        self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int
-    ) -> None:
-        name = "KVM_SET_USER_MEMORY_REGION"
-        old = self._slots.get(slot)
-        if memory_size == 0:
-            if old is None:
-                raise ioctl_error(name, errno.EINVAL, f"slot {slot} doesn't exist")
-            self._vm.set_memory_region(slot, 0, 0, 0, 0)
-            del self._slots[slot]
-            return
-        if old:
-            _, size, hva, old_flags = old
-            if (size, hva) != (memory_size, userspace_addr) or (flags ^ old_flags) & c.KVM_MEM_READONLY:
-                raise ioctl_error(name, errno.EINVAL, "a slot may be moved or re-flagged, not resized")
-        for other, (gpa, size, _, _) in self._slots.items():
-            if other != slot and guest_phys_addr < gpa + size and gpa < guest_phys_addr + memory_size:
-                raise ioctl_error(name, errno.EEXIST)
-        self._vm.set_memory_region(slot, flags, guest_phys_addr, memory_size, userspace_addr)
-        self._slots[slot] = (guest_phys_addr, memory_size, userspace_addr, flags)
+    def set_user_memory_region2(self, region: common.kvm_userspace_memory_region2) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; there is no guest_memfd."""
+        name = "KVM_SET_USER_MEMORY_REGION2"
+        self._check(name)
+        r = region
+        self.slots.set_region(name, r.slot, r.guest_phys_addr, r.memory_size, r.userspace_addr, r.flags)
 
     def memory_written(self, gpa: int, size_bytes: int) -> None:
         """Drop translations of guest memory that host code changed."""
@@ -258,11 +266,44 @@ class Vm(_Descriptor, contract.Vm):
 
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG."""
-        name = "KVM_GET_DIRTY_LOG"
+        self._check("KVM_GET_DIRTY_LOG")
+        return self.slots.get_dirty_log(slot)
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, dirty_bitmap: bytes) -> None:
+        """KVM_CLEAR_DIRTY_LOG."""
+        self._check("KVM_CLEAR_DIRTY_LOG")
+        self.slots.clear_dirty_log(slot, first_page, num_pages, dirty_bitmap)
+
+    def register_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
+        """KVM_REGISTER_COALESCED_MMIO."""
+        self._check("KVM_REGISTER_COALESCED_MMIO")
+        self.coalesced.register(addr, size, pio)
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO."""
+        self._check("KVM_UNREGISTER_COALESCED_MMIO")
+        self.coalesced.unregister(addr, size, pio)
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
+        """KVM_ENABLE_CAP."""
+        name = "KVM_ENABLE_CAP"
         self._check(name)
-        if slot not in self._slots or not self._slots[slot][3] & c.KVM_MEM_LOG_DIRTY_PAGES:
-            raise ioctl_error(name, errno.ENOENT)
-        return self._vm.get_dirty_log(slot)
+        argument = args[0] if args else 0
+        if flags:
+            raise ioctl_error(name, errno.EINVAL, f"flags {flags:#x}")
+        match cap:
+            case capabilities.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
+                self.slots.enable_manual_protect(argument)
+            case capabilities.KVM_CAP_SPLIT_IRQCHIP:
+                if not 0 <= argument <= ioapic.PINS:
+                    raise ioctl_error(name, errno.EINVAL, f"{argument} pins: at most {ioapic.PINS}")
+                if self.irqchip or self._vcpus:
+                    raise ioctl_error(name, errno.EEXIST, "there are interrupt chips or vCPUs")
+                self._vm.create_lapics()
+                self.irqchip = SplitIrqChip(self._vm, argument)
+            case _:
+                raise ioctl_error(name, errno.EINVAL, f"capability {cap} can't be enabled")
+        return 0
 
     def set_tss_addr(self, addr: int) -> None:
         """KVM_SET_TSS_ADDR: nothing here needs it."""
@@ -288,9 +329,17 @@ class Vm(_Descriptor, contract.Vm):
         self._vm.create_lapics()
         self.irqchip = IrqChip(self._vm)
 
-    def _chip(self, name: str, number: int = errno.ENXIO) -> IrqChip:
+    def _apics(self, name: str, number: int = errno.ENXIO) -> IrqChip | SplitIrqChip:
+        """What interrupts go through: the chips, or local APICs alone."""
         self._check(name)
         if self.irqchip is None:
+            raise ioctl_error(name, number)
+        return self.irqchip
+
+    def _chip(self, name: str, number: int = errno.ENXIO) -> IrqChip:
+        """Return the chips of KVM_CREATE_IRQCHIP."""
+        self._check(name)
+        if not isinstance(self.irqchip, IrqChip):
             raise ioctl_error(name, number)
         return self.irqchip
 
@@ -304,15 +353,19 @@ class Vm(_Descriptor, contract.Vm):
 
     def irq_line(self, irq: int, level: int) -> None:
         """KVM_IRQ_LINE."""
-        self._chip("KVM_IRQ_LINE").line(irq, level)
+        self._apics("KVM_IRQ_LINE").line(irq, level)
+
+    def irq_line_status(self, irq: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS."""
+        return self._apics("KVM_IRQ_LINE_STATUS").line(irq, level)
 
     def set_gsi_routing(self, entries: Sequence[common.kvm_irq_routing_entry]) -> None:
         """KVM_SET_GSI_ROUTING."""
-        self._chip("KVM_SET_GSI_ROUTING", errno.EINVAL).set_routing(entries)
+        self._apics("KVM_SET_GSI_ROUTING", errno.EINVAL).set_routing(entries)
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
         """KVM_IRQFD; resampling isn't offered."""
-        self._chip("KVM_IRQFD", errno.EINVAL)
+        self._apics("KVM_IRQFD", errno.EINVAL)
         eventfd.irqfd(self._vm, fd, gsi, flags)
 
     def ioeventfd(self, addr: int, len: int, fd: int, datamatch: int = 0, flags: int = 0) -> None:
@@ -322,33 +375,54 @@ class Vm(_Descriptor, contract.Vm):
 
     def signal_msi(self, address: int, data: int, flags: int = 0, devid: int = 0) -> int:
         """KVM_SIGNAL_MSI."""
-        self._chip("KVM_SIGNAL_MSI", errno.EINVAL)
+        self._apics("KVM_SIGNAL_MSI", errno.EINVAL)
         if flags:
             raise ioctl_error("KVM_SIGNAL_MSI", errno.EINVAL, f"flags {flags:#x}")
         return self._vm.signal_msi(address, data)
 
     # x86.
 
+    def create_pit(self) -> None:
+        """KVM_CREATE_PIT."""
+        self._create_pit("KVM_CREATE_PIT")
+
+    def get_pit(self) -> x.kvm_pit_state:
+        """KVM_GET_PIT."""
+        return x.kvm_pit_state(self._get_pit("KVM_GET_PIT").channels)
+
+    def set_pit(self, state: x.kvm_pit_state) -> None:
+        """KVM_SET_PIT."""
+        self._set_pit("KVM_SET_PIT", x.kvm_pit_state2(state.channels))
+
     def create_pit2(self, flags: int = 0) -> None:
         """KVM_CREATE_PIT2. Port 0x61 is always answered (KVM_PIT_SPEAKER_DUMMY)."""
-        chip = self._chip("KVM_CREATE_PIT2", errno.ENOENT)
-        if chip.pit:
-            raise ioctl_error("KVM_CREATE_PIT2", errno.EEXIST)
-        chip.create_pit()
+        self._create_pit("KVM_CREATE_PIT2")
 
     def get_pit2(self) -> x.kvm_pit_state2:
         """KVM_GET_PIT2."""
-        chip = self._chip("KVM_GET_PIT2")
-        if not chip.pit:
-            raise ioctl_error("KVM_GET_PIT2", errno.ENXIO)
-        with chip.lock:
-            return chip.pit.get_state()
+        return self._get_pit("KVM_GET_PIT2")
 
     def set_pit2(self, state: x.kvm_pit_state2) -> None:
         """KVM_SET_PIT2."""
-        chip = self._chip("KVM_SET_PIT2")
+        self._set_pit("KVM_SET_PIT2", state)
+
+    def _create_pit(self, name: str) -> None:
+        chip = self._chip(name, errno.ENOENT)
+        if chip.pit:
+            raise ioctl_error(name, errno.EEXIST)
+        chip.create_pit()
+
+    def _get_pit(self, name: str) -> x.kvm_pit_state2:
+        chip = self._chip(name)
         if not chip.pit:
-            raise ioctl_error("KVM_SET_PIT2", errno.ENXIO)
+            raise ioctl_error(name, errno.ENXIO)
+        with chip.lock:
+            return chip.pit.get_state()
+
+    def _set_pit(self, name: str, state: x.kvm_pit_state2) -> None:
+        chip = self._chip(name)
+        if not chip.pit:
+            raise ioctl_error(name, errno.ENXIO)
         with chip.lock:
             chip.pit.set_state(state)
 
@@ -418,12 +492,29 @@ class Vcpu(_Descriptor, contract.Vcpu):
         On the main thread, Python's signal handlers run meanwhile, within 50 ms; one that raises (Ctrl-C does) ends the run, and
         one that wants `run` to return calls `kick`.
         """
-        main = threading.current_thread() is threading.main_thread()
         run = self.kvm_run
-        chip = self._machine.irqchip
+        if run.kvm_valid_regs or run.kvm_dirty_regs:
+            return self._run_synced(run)
+        return self._run_to_exit(run)
+
+    def _run_to_exit(self, run: x.kvm_run) -> Exit:
+        main = threading.current_thread() is threading.main_thread()
+        chip, coalesced = self._machine.irqchip, self._machine.coalesced
         while True:
             reason, message = self._vcpu.run(main)
-            if chip is not None:
+            if coalesced.zones and (
+                (reason == c.KVM_EXIT_MMIO and run.exit.mmio.is_write and coalesced.take_mmio(run.exit.mmio))
+                or (
+                    reason == c.KVM_EXIT_IO
+                    and run.exit.io.direction == c.KVM_EXIT_IO_OUT
+                    and coalesced.take_pio(run.exit.io, self._area)
+                )
+            ):
+                continue
+            if isinstance(chip, SplitIrqChip):
+                if reason == c.KVM_EXIT_IOAPIC_EOI and not chip.handles(run.exit.eoi.vector):
+                    continue
+            elif chip is not None:
                 if reason == c.KVM_EXIT_IO:
                     if chip.owns_port(run.exit.io.port):
                         self._chip_port(chip, run)
@@ -449,6 +540,31 @@ class Vcpu(_Descriptor, contract.Vcpu):
                 self.error_message = message
                 return exit_
             return decode(run, self._area)
+
+    def _run_synced(self, run: x.kvm_run) -> Exit:
+        """KVM_RUN with registers shared through kvm_run (KVM_CAP_SYNC_REGS)."""
+        if (run.kvm_valid_regs | run.kvm_dirty_regs) & ~x.KVM_SYNC_X86_VALID_FIELDS:
+            raise ioctl_error("KVM_RUN", errno.EINVAL, "unknown bits in kvm_valid_regs or kvm_dirty_regs")
+        shared = run.s.regs
+        try:
+            if run.kvm_dirty_regs & x.KVM_SYNC_X86_REGS:
+                self.set_regs(shared.regs)
+            if run.kvm_dirty_regs & x.KVM_SYNC_X86_SREGS:
+                self.set_sregs(shared.sregs)
+            if run.kvm_dirty_regs & x.KVM_SYNC_X86_EVENTS:
+                self.set_vcpu_events(shared.events)
+        except OSError as error:
+            raise ioctl_error("KVM_RUN", errno.EINVAL, str(error)) from error
+        run.kvm_dirty_regs = 0
+        try:
+            return self._run_to_exit(run)
+        finally:
+            if run.kvm_valid_regs & x.KVM_SYNC_X86_REGS:
+                shared.regs = self.get_regs()
+            if run.kvm_valid_regs & x.KVM_SYNC_X86_SREGS:
+                shared.sregs = self.get_sregs()
+            if run.kvm_valid_regs & x.KVM_SYNC_X86_EVENTS:
+                shared.events = self.get_vcpu_events()
 
     error_message = ""
     """What the engine says of the last `InternalError`."""
@@ -483,6 +599,16 @@ class Vcpu(_Descriptor, contract.Vcpu):
             run.immediate_exit = 1
             self._vcpu.kick()
 
+    def take_coalesced_mmio(self) -> list[common.kvm_coalesced_mmio]:
+        """Take the guest's writes from the coalesced MMIO ring."""
+        self._check("the coalesced MMIO ring")
+        return self._machine.coalesced.ring.take()
+
+    def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> int:
+        """KVM_PRE_FAULT_MEMORY: the host allocates the pages."""
+        self._check("KVM_PRE_FAULT_MEMORY")
+        return self._machine.slots.pre_fault(gpa, size, flags)
+
     # State.
 
     def get_regs(self) -> x.kvm_regs:
@@ -504,6 +630,31 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_SET_SREGS."""
         self._check("KVM_SET_SREGS")
         _named("KVM_SET_SREGS", self._vcpu.set_sregs, bytes(sregs))
+
+    def get_sregs2(self) -> x.kvm_sregs2:
+        """KVM_GET_SREGS2. With PAE paging, the PDPTRs are what memory holds: they aren't cached."""
+        self._check("KVM_GET_SREGS2")
+        sregs = self.get_sregs()
+        sregs2 = x.kvm_sregs2.from_buffer_copy(bytes(sregs).ljust(ctypes.sizeof(x.kvm_sregs2), b"\0"))
+        sregs2.flags = 0
+        sregs2.pdptrs[:] = [0] * 4
+        if _has_pdptrs(sregs2) and (table := self._machine.slots.read(sregs2.cr3 & 0xFFFFFFE0, 32)):
+            sregs2.flags = x.KVM_SREGS2_FLAGS_PDPTRS_VALID
+            sregs2.pdptrs[:] = list(memoryview(table).cast("Q"))
+        return sregs2
+
+    def set_sregs2(self, sregs: x.kvm_sregs2) -> None:
+        """KVM_SET_SREGS2. PDPTRs are read from memory, which they come from, and not from here."""
+        name = "KVM_SET_SREGS2"
+        self._check(name)
+        valid = sregs.flags & x.KVM_SREGS2_FLAGS_PDPTRS_VALID
+        if sregs.flags & ~x.KVM_SREGS2_FLAGS_PDPTRS_VALID or (valid and not _has_pdptrs(sregs)):
+            raise ioctl_error(name, errno.EINVAL, f"flags {sregs.flags:#x}")
+        old = x.kvm_sregs.from_buffer_copy(bytes(sregs)[: ctypes.sizeof(x.kvm_sregs)])
+        old.interrupt_bitmap[:] = [0] * 4  # kvm_sregs2 says nothing of the interrupt that waits: it stays
+        events = self._vcpu.get_vcpu_events()
+        _named(name, self._vcpu.set_sregs, bytes(old))
+        self._vcpu.set_vcpu_events(events)
 
     def get_fpu(self) -> x.kvm_fpu:
         """KVM_GET_FPU."""
@@ -654,7 +805,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_INTERRUPT")
         if not 0 <= irq < 256:
             raise ioctl_error("KVM_INTERRUPT", errno.EINVAL)
-        if self._machine.irqchip is not None:
+        if isinstance(self._machine.irqchip, IrqChip):
             raise ioctl_error("KVM_INTERRUPT", errno.ENXIO)
         _named("KVM_INTERRUPT", self._vcpu.interrupt, irq)
 
@@ -667,6 +818,19 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_GET_TSC_KHZ."""
         self._check("KVM_GET_TSC_KHZ")
         return _engine.host_tsc_khz()
+
+
+def _has_pdptrs(sregs: x.kvm_sregs2) -> bool:
+    """Whether paging is PAE's: CR0.PG and CR4.PAE without EFER.LMA."""
+    return bool(sregs.cr0 & 1 << 31 and sregs.cr4 & 1 << 5 and not sregs.efer & 1 << 10)
+
+
+def _store_u64(addr: int, value: int) -> None:
+    """Store where user space says, as the kernel does: EFAULT where nothing is mapped."""
+    data = ctypes.create_string_buffer(value.to_bytes(8, "little"), 8)
+    here, there = _iovec(ctypes.addressof(data), 8), _iovec(addr, 8)
+    if _libc.process_vm_writev(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != 8:
+        raise OSError(errno.EFAULT, f"nothing is mapped at {addr:#x}")
 
 
 def _named(name: str, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:

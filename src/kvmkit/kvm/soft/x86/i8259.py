@@ -38,14 +38,17 @@ class I8259:
         self.init_state = 0
         self.auto_eoi = self.rotate_on_auto_eoi = self.special_fully_nested = self.init4 = False
 
-    def set_irq(self, line: int, level: int) -> None:
-        """Drive input `line`."""
+    def set_irq(self, line: int, level: int) -> int:
+        """Drive input `line`: -1 if it is masked, 0 if a request waited already, else 1."""
         bit = 1 << line
-        if self.elcr & bit:
-            self.irr = self.irr | bit if level else self.irr & ~bit
-        elif level and not self.lines & bit:
+        new = 1
+        if level and (self.elcr & bit or not self.lines & bit):
+            new = int(not self.irr & bit)
             self.irr |= bit
+        elif self.elcr & bit and not level:
+            self.irr &= ~bit
         self.lines = self.lines | bit if level else self.lines & ~bit
+        return -1 if self.imr & bit else new
 
     def _priority(self, mask: int) -> int:
         """Return the rank of the most urgent input in `mask`: 0 the highest, 8 if there is none."""
@@ -203,10 +206,11 @@ class Pic:
             self._level = level
             self._output(level)
 
-    def set_irq(self, line: int, level: int) -> None:
-        """Drive input `line`, 0 to 15."""
-        self.chips[line >> 3].set_irq(line & 7, level)
+    def set_irq(self, line: int, level: int) -> int:
+        """Drive input `line`, 0 to 15; returns as `I8259.set_irq`."""
+        status = self.chips[line >> 3].set_irq(line & 7, level)
         self.update()
+        return status
 
     @property
     def intr(self) -> bool:

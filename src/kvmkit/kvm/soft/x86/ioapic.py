@@ -40,13 +40,17 @@ class Ioapic:
         self.lines = 0
         self.redirtbl = [_MASK] * PINS
 
-    def set_irq(self, pin: int, level: int) -> None:
-        """Drive input `pin`."""
+    def set_irq(self, pin: int, level: int) -> int:
+        """Drive input `pin`: -1 if nobody takes it, 0 if one waits already, else how many took it (1 to lower it)."""
         bit = 1 << pin
         rises = bool(level) and not self.lines & bit
         self.lines = self.lines | bit if level else self.lines & ~bit
-        if rises or (level and self.redirtbl[pin] & _LEVEL):
-            self._service(pin)
+        if not level:
+            return 1
+        e = self.redirtbl[pin]
+        if e & _REMOTE_IRR if e & _LEVEL else not rises:
+            return 0
+        return self._service(pin)
 
     def message(self, pin: int) -> Message:
         """Return the message of an input's entry."""
@@ -61,15 +65,17 @@ class Ioapic:
         """Whether `pin` is level-triggered."""
         return bool(self.redirtbl[pin] & _LEVEL)
 
-    def _service(self, pin: int) -> None:
+    def _service(self, pin: int) -> int:
         e = self.redirtbl[pin]
         if e & _MASK:
-            return
+            return -1
         if e & _LEVEL and e & _REMOTE_IRR:
-            return
+            return -1
         # Remote IRR waits for an end of interrupt, which comes from a local APIC that took the message alone.
-        if self._send(self.message(pin)) and e & _LEVEL:
+        taken = self._send(self.message(pin))
+        if taken and e & _LEVEL:
             self.redirtbl[pin] |= _REMOTE_IRR
+        return taken or -1
 
     def eoi(self, vector: int) -> None:
         """A local APIC ended `vector`, which was level-triggered."""
