@@ -622,5 +622,6 @@ def test_debian_for_real(tmp_path: Path, cache: Path, monkeypatch: pytest.Monkey
     assert "downloading packages with apt" in said
     out = tmp_path / "hosts"
     debugfs(image.path, f"dump etc/hosts {out}", f"dump etc/apt/sources.list {out}.list")
+    assert "no-languages" in debugfs(image.path, "ls etc/apt/apt.conf.d")[0]
     assert "127.0.0.1 localhost" in out.read_text()
     assert " bookworm main" in (tmp_path / "hosts.list").read_text()

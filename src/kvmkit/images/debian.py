@@ -34,6 +34,10 @@ _CONFIG = ImageConfig(
 _OF_THE_HOST = (b"etc/hostname", b"etc/resolv.conf", b"etc/apt/apt.conf.d/99mmdebstrap")
 """What mmdebstrap takes from this machine; the last is how apt reaches its sources here."""
 _LEFT_OUT = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
+_CUSTOMIZE = """
+printf '127.0.0.1 localhost\\n::1 localhost\\n' >"$1"/etc/hosts
+echo 'Acquire::Languages "none";' >"$1"/etc/apt/apt.conf.d/no-languages
+"""
 _STOP_S = 30.0
 
 
@@ -64,7 +68,7 @@ def debian(
             *(
                 [f"--hook-dir={_HOOKS}"] if _HOOKS.is_dir() else []
             ),  # else usrmerge does it, and brings all of Perl
-            """--customize-hook=printf '127.0.0.1 localhost\\n::1 localhost\\n' >"$1"/etc/hosts""",
+            f"--customize-hook={_CUSTOMIZE}",
             suite,
             "-",
             *_sources(suite),
