@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 READ_ONLY = ("text", "mermaid")
-LANGUAGES = ("console", "python", "toml", "json", "ini", *READ_ONLY)
+LANGUAGES = ("console", "python", "toml", "json", "ini", "sh", *READ_ONLY)
 
 _BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)(?: (?P<options>[^\n]*))?\n(?P<text>.*?)^(?P=indent)```$"

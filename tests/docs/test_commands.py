@@ -173,5 +173,6 @@ def _run_python(block: Block, variables: dict[str, Any]) -> None:
 
 
 def _compare(where: str, wanted: str, got: str) -> None:
+    got = got.replace("\r\n", "\n")  # of a serial console
     got = got if not got or got.endswith("\n") else got + "\n"
     assert matches(wanted, got), f"{where}\nprints\n{got}\ninstead of\n{wanted}"
