@@ -3,6 +3,7 @@
 import io
 import stat
 import tarfile
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -320,3 +321,52 @@ def test_merging_agrees_with_the_model(layers: list[list[tuple[str, Path, Path]]
     for path, inode in tree.walk():
         shared.setdefault(inode, set()).add(model[tuple(path.decode().split("/"))])
     assert all(len(tokens) == 1 for tokens in shared.values())
+
+
+MUTATIONS = st.lists(
+    st.tuples(
+        st.integers(0, 1 << 16),
+        st.sampled_from(
+            [
+                b"\0",
+                b"/",
+                b"..",
+                b"7",
+                b"-",
+                b"\x80",
+                b"\xff" * 12,
+                b"77777777777",
+                *(b"%d" % n for n in range(7)),
+                b"x",
+                b"g",
+                b"S",
+                b"L",
+            ]
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(MUTATIONS)
+def test_a_damaged_archive_is_refused_or_merged(mutations: list[tuple[int, bytes]]) -> None:
+    """Whatever a header says (with a right checksum, or `tarfile` would look no further), nothing but `ImageError`."""
+    data = bytearray(
+        layer(
+            Entry("a/b", b"x", xattrs={"user.a": b"v"}),
+            symlink("s", "a"),
+            hard_link("h", "a/b"),
+            Entry("d/.wh..wh..opq"),
+        )
+    )
+    for position, change in mutations:
+        data[position % len(data) : position % len(data) + len(change)] = change
+    for start in range(0, len(data) - 511, 512):
+        header = data[start : start + 512]
+        if header[257:262] == b"ustar":
+            header[148:156] = b" " * 8
+            data[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+    with suppress(ImageError):
+        merged(bytes(data)).walk()
