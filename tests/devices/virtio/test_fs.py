@@ -464,6 +464,10 @@ def test_an_unchanging_directory_is_cached_for_long(tmp_path: Path) -> None:
         entry = guest.lookup(ROOT, b"f")
         assert entry.valid_s >= 3600
         assert guest.open_raw(entry.nodeid)[1] & fuse.FOPEN_KEEP_CACHE
+        missing = guest.lookup(ROOT, b"missing")
+        assert missing.nodeid == 0 and missing.valid_s >= 3600
+        with refused("ENOSYS"):
+            guest.getxattr(entry.nodeid, b"user.x")
     with pytest.raises(ValueError, match="unchanging"):
         PassthroughFs(tmp_path, read_only=False, unchanging=True)
 
