@@ -106,6 +106,9 @@ pub fn run() -> ! {
     for module in &boot.modules {
         warn(&mut warnings, load_module(module));
     }
+    if boot.modules.iter().any(|module| module.contains("virtio_console")) {
+        open_console_again();
+    }
     if let Some(name) = &boot.hostname {
         warn(&mut warnings, nix::unistd::sethostname(name).map_err(|error| Failure::of("hostname", error)));
     }
@@ -196,6 +199,13 @@ fn load_module(path: &str) -> Result<(), Failure> {
     match nix::kmod::finit_module(&file, c"", nix::kmod::ModuleInitFlags::empty()) {
         Ok(()) | Err(Errno::EEXIST) => Ok(()),
         Err(error) => Err(Failure::of(path, error)),
+    }
+}
+
+/// What /dev/console was when the kernel opened it may not be the one to use once its driver is there.
+fn open_console_again() {
+    if let Ok(console) = OpenOptions::new().read(true).write(true).open("/dev/console") {
+        let _ = (dup2_stdin(&console), dup2_stdout(&console), dup2_stderr(&console));
     }
 }
 

@@ -21,7 +21,7 @@ from kvmkit.cli.arguments import (
 )
 from kvmkit.cli.progress import Follower
 from kvmkit.cli.session import run_in
-from kvmkit.cli.terminal import EscapeFilter, raw_terminal
+from kvmkit.cli.terminal import EscapeFilter, following_size, raw_terminal
 from kvmkit.client import Disk, End, Machine, MachineConfig, Share
 from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
 
@@ -42,6 +42,11 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
 @click.option("--root", "root_option", metavar="ROOT", help="The same as the argument.")
 @click.option("--memory", type=Memory(), help="The guest's memory.  [default: 256M]")
 @click.option("--cpus", type=click.IntRange(1, 64), help="The guest's processors.  [default: 1]")
+@click.option(
+    "--cpu",
+    metavar="MODEL[,±FEATURE...]",
+    help="host, x86-64-v2, -v3 or -v4; +name and -name.  [default: host]",
+)
 @click.option(
     "--disk",
     "disks",
@@ -72,6 +77,11 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
     "--modules", type=_DIRECTORY, help="That kernel's modules (lib/modules/VERSION), if virtio is in them."
 )
 @click.option("--initrd", type=_FILE, help="An initial RAM disk for --kernel: a system of your own.")
+@click.option(
+    "--console",
+    type=click.Choice(["serial", "virtio"]),
+    help="What the console is; virtio has the terminal's size.  [default: serial]",
+)
 @click.option("--append", help="Added to the kernel's command line.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds until it is ended.")
 @click.option("--verbose", is_flag=True, help="Show the kernel's log and a time line (on stderr).")
@@ -258,6 +268,7 @@ def _console(config: MachineConfig, follower: Follower, deadline: float | None, 
         if verbose:
             click.echo(f"engine: {vm.engine} ({vm.engine_reason})\ncommand line: {vm.cmdline}", err=True)
         if interactive:
+            stack.enter_context(following_size(vm.resize_console))
             stack.enter_context(raw_terminal(0))
             threading.Thread(target=_type, args=(typed, vm.halt), daemon=True).start()
         end = vm.wait(_left(deadline, None))

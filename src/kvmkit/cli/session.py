@@ -3,17 +3,15 @@
 import errno
 import os
 import shutil
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
-from kvmkit.cli.terminal import EscapeFilter, raw_terminal
-from kvmkit.client import Machine, Process, Pty
+from kvmkit.cli.terminal import EscapeFilter, following_size, raw_terminal
+from kvmkit.client import Machine, Pty
 from kvmkit.errors import CommandTimeout, GuestError, VmTimeout
 
 EXIT_NOT_EXECUTABLE = 126
@@ -45,7 +43,7 @@ def run_in(
                 stack.callback(os.close, writing)
                 process = machine.popen(command, stdin=reading, stdout=1, pty=pty, **options)
                 os.close(reading)
-                stack.enter_context(_resizing(process))
+                stack.enter_context(following_size(process.resize))
                 stack.enter_context(raw_terminal(0))
                 threading.Thread(target=_type, args=(writing, on_escape or process.kill), daemon=True).start()
             else:
@@ -60,21 +58,6 @@ def run_in(
         except CommandTimeout as error:
             raise VmTimeout(str(error)) from None
     return returncode if returncode >= 0 else 128 - returncode
-
-
-@contextmanager
-def _resizing(process: Process) -> Iterator[None]:
-    """Pass on the terminal's size when it changes."""
-
-    def resized(_number: int, _frame: FrameType | None) -> None:
-        size = shutil.get_terminal_size()
-        process.resize(size.lines, size.columns)
-
-    before = signal.signal(signal.SIGWINCH, resized)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGWINCH, before)
 
 
 def _type(fd: int, on_escape: Callable[[], object]) -> None:

@@ -1,11 +1,13 @@
 """The user's terminal in raw mode, given back whatever happens to us."""
 
 import os
+import shutil
 import signal
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ESCAPE = b"\x01"  # Ctrl-A
 
@@ -48,6 +50,22 @@ def _guard(fd: int, mode: list[int | list[bytes | int]], reading: int, writing: 
         termios.tcsetattr(fd, termios.TCSADRAIN, mode)
     finally:
         os._exit(0)
+
+
+@contextmanager
+def following_size(resize: Callable[[int, int], None]) -> Iterator[None]:
+    """Call `resize(rows, cols)` with the terminal's size now, and inside the ``with`` whenever it changes."""
+
+    def resized(_number: int = 0, _frame: FrameType | None = None) -> None:
+        size = shutil.get_terminal_size()
+        resize(size.lines, size.columns)
+
+    before = signal.signal(signal.SIGWINCH, resized)
+    try:
+        resized()
+        yield
+    finally:
+        signal.signal(signal.SIGWINCH, before)
 
 
 class EscapeFilter:

@@ -68,6 +68,10 @@ class MachineConfig:
     """Bytes, or a size like "1G"."""
     cpus: int = 1
     """vCPUs, each a thread of the VM process."""
+    cpu: str = "host"
+    """What they can do: "host", "x86-64-v2", "-v3" or "-v4", and features: "host,-avx512f"."""
+    console: str = "serial"
+    """"serial", or "virtio" (hvc0), which is faster and knows the terminal's size."""
     disks: tuple[Disk, ...] = ()
     """Further disks."""
     shares: tuple[Share, ...] = ()

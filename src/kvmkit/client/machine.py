@@ -33,6 +33,8 @@ class Options(TypedDict, total=False):
     root: str | os.PathLike[str] | None
     memory: int | str
     cpus: int
+    cpu: str
+    console: str
     disks: tuple[Disk, ...]
     shares: tuple[Share, ...]
     network: str
@@ -113,6 +115,8 @@ class Machine(VmProcess):
             "append": config.append,
             "memory_bytes": config.memory_bytes,
             "cpus": config.cpus,
+            "cpu": config.cpu,
+            "console": config.console,
             "agent": self._has_agent,
             "hostname": config.hostname,
             "disks": [

@@ -205,6 +205,10 @@ class VmProcess:
         """Ask the VM process to stop the guest where it stands; `wait` then returns. The guest isn't told."""
         self._send({"request": "stop"})
 
+    def resize_console(self, rows: int, cols: int) -> None:
+        """Tell a virtio console the size of the terminal that it is on. A serial one has none."""
+        self._send({"request": "resize", "rows": rows, "cols": cols})
+
     def kill(self) -> None:
         """End the VM process at once, and wait until it is gone. Does nothing if it is."""
         if self._process is not None:

@@ -1,10 +1,12 @@
 """From a configuration to a VM that is ready to run."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmkit.kvm import Kvm, Vcpu
 from kvmkit.machine import modules
@@ -16,6 +18,11 @@ from kvmkit.vmm.devices import ROOT_TAG, Devices, make_devices
 from kvmkit.vmm.ending import Ending, Reason
 from kvmkit.vmm.loop import Bus
 
+if TYPE_CHECKING:
+    from kvmkit.devices.virtio.console import Port
+
+_INPUT_FULL_S = 0.02
+
 
 @dataclass(frozen=True)
 class Booted:
@@ -23,13 +30,18 @@ class Booted:
 
     vcpus: Sequence[Vcpu]
     bus: Bus
-    serial_input: Callable[[bytes], None]
+    console_input: Callable[[bytes], None]
+    """Types on the console; waits while the guest doesn't read."""
+    resize_console: Callable[[int, int], None]
+    """Sets rows and columns; a serial port has none."""
     cmdline: str
 
 
 def kernel_cmdline(config: VmConfig) -> str:
     """The kernel's command line: the console, a reset instead of a hang on a panic, and what the user adds."""
     parts = ["console=ttyS0", "panic=-1"]
+    if config.console == "virtio":
+        parts.append("console=hvc0")
     if config.runs_our_init and not config.verbose:
         parts.append("quiet")
     if config.append:
@@ -84,11 +96,15 @@ def build(
     config: VmConfig,
     directory: VmDirectory | None,
     serial_write: Callable[[bytes], None],
+    console_write: Callable[[bytes], None],
     ending: Ending,
     progress: Callable[[str], None],
 ) -> Iterator[Booted]:
-    """Build the board and load the kernel; `ValueError` or `OSError` says what is wrong with the files."""
-    with make_devices(config, directory) as devices:
+    """Build the board and load the kernel; `ValueError` or `OSError` says what is wrong with the files.
+
+    The serial port writes by `serial_write`, a virtio console, if there is one, by `console_write`.
+    """
+    with make_devices(config, directory, console_write) as devices:
         kernel, initrd = files(config, devices, progress)
         cmdline = kernel_cmdline(config)
         with system.create_vm() as vm:
@@ -102,8 +118,18 @@ def build(
                 on_power_off=lambda: ending.set(Reason.POWER_OFF),
                 on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
                 devices=tuple(devices.virtio),
+                cpu=config.cpu,
             )
             devices.virtio.clear()
             with closing(board):
                 board.load_linux(kernel, initrd, cmdline)
-                yield Booted(board.vcpus, board, board.serial_input, cmdline)
+                if devices.console is None:
+                    yield Booted(board.vcpus, board, board.serial_input, lambda *_: None, cmdline)
+                else:
+                    console_input = partial(_send_all, devices.console)
+                    yield Booted(board.vcpus, board, console_input, devices.console.resize, cmdline)
+
+
+def _send_all(port: "Port", data: bytes) -> None:
+    while data := data[port.send(data) :]:
+        time.sleep(_INPUT_FULL_S)  # the guest has that much to read first

@@ -58,6 +58,10 @@ class VmConfig:
     """Added to the kernel's command line."""
     memory_bytes: int = 256 << 20
     cpus: int = 1
+    cpu: str = "host"
+    """What the vCPUs can do: "host" or a level, with features added and taken away (`kvmkit.machine.x86.cpu_model`)."""
+    console: str = "serial"
+    """"serial", or "virtio": what the kernel writes early is on the serial port even so, and in the console's log alone."""
     agent: bool = False
     """Boot kvmkit's own init, which the client then talks to by vsock."""
     hostname: str = "kvmkit"
@@ -109,6 +113,8 @@ class VmConfig:
                 raise ValueError(f"configuration: {field.name} can't be {value!r}")
         if self.engine not in ("auto", "kvm", "linux", "soft"):
             raise ValueError(f"engine {self.engine!r}: auto, kvm or soft")
+        if self.console not in ("serial", "virtio"):
+            raise ValueError(f"console {self.console!r}: serial or virtio")
         if not 1 <= self.cpus <= MAX_CPUS:
             raise ValueError(f"{self.cpus} vCPUs: from 1 to {MAX_CPUS}")
         if not MIN_MEMORY_BYTES <= self.memory_bytes <= MAX_MEMORY_BYTES or self.memory_bytes % 4096:

@@ -1,13 +1,16 @@
 """The virtio devices of a VM, as its configuration wants them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmkit.devices.virtio.device import VirtioDevice
 from kvmkit.runtime import VmDirectory
 from kvmkit.vmm.config import DiskConfig, VmConfig
+
+if TYPE_CHECKING:
+    from kvmkit.devices.virtio.console import Port
 
 GUEST_CID = 3
 ROOT_TAG = "root"
@@ -24,6 +27,8 @@ class Devices:
     virtio: list[VirtioDevice] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: ["virtio_mmio"])
     """The kernel modules that drive them."""
+    console: "Port | None" = None
+    """The virtio console's port, if the console is one."""
     network: dict[str, Any] | None = None
     """How the guest is to configure its interface."""
 
@@ -34,7 +39,9 @@ class Devices:
 
 
 @contextmanager
-def make_devices(config: VmConfig, directory: VmDirectory | None) -> Iterator[Devices]:
+def make_devices(
+    config: VmConfig, directory: VmDirectory | None, console_write: Callable[[bytes], None]
+) -> Iterator[Devices]:
     """Open what the devices stand on and make them; who puts them on a board says so by ``devices.virtio.clear()``.
 
     Those left are closed at the end. `OSError` or `ValueError` says what can't be used.
@@ -43,6 +50,12 @@ def make_devices(config: VmConfig, directory: VmDirectory | None) -> Iterator[De
     with ExitStack() as stack:
         stack.callback(devices.close)
         _add(devices, config, directory)
+        if config.console == "virtio":
+            from kvmkit.devices.virtio.console import Console, Port
+
+            devices.console = Port(console=True, output=console_write)
+            devices.virtio.append(Console([devices.console]))
+            devices.modules.append("virtio_console")
         yield devices
 
 

@@ -91,9 +91,13 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
     engine, why = (config.engine, "asked for") if config.engine != "auto" else choose_engine()
     panicked = False
     status: int | None = None
+    seen: set[str] = set()
 
     def told(event: str, value: int) -> None:
         nonlocal panicked, status
+        if event in seen:
+            return
+        seen.add(event)
         if event == "panic":
             panicked = True
         elif event == "exit":
@@ -108,19 +112,30 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
         if directory is not None:
             if not config.detached:
                 stack.callback(directory.remove)
-            sinks.append(stack.enter_context(ConsoleLog(directory.console_log)).write)
+            log = stack.enter_context(ConsoleLog(directory.console_log))
+            sinks.append(log.write)
             control.listen(directory.control, requests)
             socket_ = ConsoleSocket(directory.console)
             raw_sinks.append(socket_.write)
         console = Console(
             sinks, told, command_only=bool(config.console_command) and not config.verbose, raw_sinks=raw_sinks
         )
+        serial = console
+        if config.console == "virtio":  # what is on the serial port too has been seen, or comes again
+            serial = Console([], told)
         system = stack.enter_context(kvm.open(engine))
         with build(
-            system, config, directory, console.feed, ending, lambda text: control.send("progress", text=text)
+            system,
+            config,
+            directory,
+            serial.feed,
+            console.feed,
+            ending,
+            lambda text: control.send("progress", text=text),
         ) as vm:
+            requests.resize = vm.resize_console
             if directory is not None:
-                socket_.typed = vm.serial_input
+                socket_.typed = vm.console_input
                 agent.listen(directory.vsock, lambda warnings: control.send("agent", warnings=warnings))
                 directory.write("vm.json", _about(config, system.engine))
             stop.building = False
@@ -131,7 +146,7 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
             run_vcpus(vm, config, control, ending)
         console.close()
     reason = Reason.PANIC if panicked and ending.reason is Reason.RESET else ending.reason
-    tail = console.tail.decode(errors="replace")
+    tail = (console.tail or serial.tail).decode(errors="replace")
     if directory is not None and config.detached:
         directory.write("end.json", {"reason": reason, "detail": ending.detail, "status": status})
     control.send("ended", reason=reason, detail=ending.detail, console_tail=tail)
@@ -189,7 +204,7 @@ def _pump(fd: int, vm: Booted) -> None:
             return
         if not data:
             return
-        vm.serial_input(data)
+        vm.console_input(data)
 
 
 class _Requests:
@@ -198,12 +213,19 @@ class _Requests:
     def __init__(self, ending: Ending, stop: _Stop) -> None:
         self._ending = ending
         self._stop = stop
+        self.resize: Callable[[int, int], None] = lambda *_: None
+        """Set once there is a console."""
 
     def __call__(self, message: dict[str, Any]) -> str | None:
         """Carry out a request; return what is wrong with it."""
         if message == {"request": "stop"}:
             self.end("asked for")
             return None
+        if message.keys() == {"request", "rows", "cols"} and message["request"] == "resize":
+            rows, cols = message["rows"], message["cols"]
+            if type(rows) is type(cols) is int and 0 <= rows < 1 << 16 and 0 <= cols < 1 << 16:
+                self.resize(rows, cols)
+                return None
         return f"no such request: {json.dumps(message):.80}"
 
     def end(self, why: str) -> bool:

@@ -17,6 +17,7 @@ from kvmkit.devices.virtio.mmio import VirtioMmio
 from kvmkit.kvm import GuestMemory, Kvm, MemoryMap, Vcpu, Vm, irqchip_route
 from kvmkit.kvm.exits import Io, Mmio
 from kvmkit.machine.x86 import acpi, boot, layout
+from kvmkit.machine.x86.cpu_model import cpu_model
 from kvmkit.machine.x86.cpuid import cpuid_of
 from kvmkit.uapi import x86
 from kvmkit.uapi.capabilities import KVM_CAP_TSC_DEADLINE_TIMER
@@ -57,10 +58,11 @@ class X86Board:
         on_power_off: Callable[[], None],
         on_exit_code: Callable[[int], None],
         devices: Sequence[VirtioDevice] = (),
+        cpu: str = "host",
     ) -> None:
         """Build it on `vm`, a new VM of `system`, which stays the caller's. `ValueError` for a size that can't be.
 
-        `devices` become the board's to close, if it can be built at all.
+        `devices` become the board's to close, if it can be built at all. `cpu` is what the processors can do (`cpu_model`).
         """
         if len(devices) > len(layout.VIRTIO_GSIS):
             raise ValueError(
@@ -96,7 +98,7 @@ class X86Board:
             for i, device in enumerate(devices):
                 self._add_virtio(vm, i, device)
             deadline = bool(system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-            supported = system.get_supported_cpuid()
+            supported = cpu_model(system.get_supported_cpuid(), cpu)
             for id in range(cpus):
                 vcpu = vm.create_vcpu(id)
                 self.vcpus.append(vcpu)
