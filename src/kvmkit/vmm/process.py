@@ -4,6 +4,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -57,6 +58,9 @@ def main(control_fd: int) -> int:
     logging.basicConfig(format="kvmkit: %(message)s", level=logging.WARNING)
     # A vCPU's exit waits for the interpreter while a device's thread has it: not for 5 ms.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # The guest's files and connections are descriptors here. The lower limit is for users of select(2), which we aren't.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ending = Ending()
     stop = _Stop(ending)
     control = Control(socket.socket(fileno=control_fd))
