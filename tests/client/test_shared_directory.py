@@ -31,8 +31,8 @@ def test_fsx(tmp_path: Path) -> None:
     with Machine(root="/", memory="512M", shares=(Share(tmp_path, "/mnt"),)) as vm:
         for seed in (1, 2):
             (tmp_path / str(seed)).mkdir()
-            command = [os.path.realpath(sys.executable), FSX, f"/mnt/{seed}", str(seed), "1500"]
-            result = vm.run([os.fspath(part) for part in command], text=True)
+            command = [os.path.realpath(sys.executable), str(FSX), f"/mnt/{seed}", str(seed), "1500"]
+            result = vm.run(command, text=True)
             assert result.returncode == 0, result.stderr
             digests = dict(line.split() for line in result.stdout.splitlines())
             for path in (tmp_path / str(seed)).iterdir():
