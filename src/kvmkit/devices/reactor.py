@@ -17,6 +17,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_LOOK_S = 0.5
+"""How often `call_and_wait` looks whether the thread still lives: it may end before it comes to the call."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -105,9 +108,10 @@ class Reactor:
         if threading.current_thread() is self._thread:
             return function()
         self.call(run)
-        while not done.wait(0.5):
-            if not self._thread.is_alive() and not done.is_set():
-                raise RuntimeError(f"{self._thread.name} was closed")
+        while self._thread.is_alive() and not done.wait(_LOOK_S):
+            pass
+        if not done.is_set():
+            raise RuntimeError(f"{self._thread.name} was closed")
         if errors:
             raise errors[0]
         return results[0]
