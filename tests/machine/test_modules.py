@@ -2,6 +2,7 @@ import lzma
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from kvmkit.machine import modules
 from kvmkit.machine.modules import Module
@@ -45,3 +46,27 @@ def test_the_wanted_and_what_they_depend_on_load_in_order(tmp_path: Path) -> Non
 
 def test_a_kernel_without_modules(tmp_path: Path) -> None:
     assert modules.choose(tmp_path, ["virtio_mmio"]) == []
+
+
+def test_the_modules_of_an_installed_kernel(tmp_path: Path) -> None:
+    tree = tmp_path / "lib/modules/6.1"
+    for name, data in {
+        "drivers/virtio/virtio_ring.ko": ko(""),
+        "drivers/virtio/virtio_mmio.ko.xz": lzma.compress(ko("virtio_ring")),
+        "fs/fuse/virtiofs.ko.zst": zstandard.compress(ko("fuse")),
+        "fs/fuse/cuse.ko": b"not for us",
+    }.items():
+        file = tree / "kernel" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    (tree / "build").symlink_to(tmp_path)
+    with modules.indexed(tree) as directory:
+        chosen = modules.choose(directory, ["virtio_mmio", "virtiofs"])
+        assert [path.name for path in chosen] == ["virtio_ring.ko", "virtio_mmio.ko", "virtiofs.ko"]
+        assert chosen[1].read_bytes() == ko("virtio_ring")
+        with modules.indexed(directory) as same:
+            assert same == directory
+    assert not directory.exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no modules for a guest"), modules.indexed(tmp_path / "empty"):
+        pass

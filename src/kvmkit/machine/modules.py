@@ -1,12 +1,14 @@
 """Kernel modules for the guest's virtio devices: which are needed, and in which order they load.
 
-Debian's cloud kernel has virtio, vsock, FUSE and overlayfs as modules. Its package has no modules.dep, so dependencies are read
-out of the modules themselves (``depends=`` in .modinfo).
+Debian's cloud kernel has virtio, vsock, FUSE and overlayfs as modules, others have ext4 too. A package has no modules.dep, so
+dependencies are read out of the modules themselves (``depends=`` in .modinfo).
 """
 
 import lzma
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +29,16 @@ NAMES = (
     "fuse",
     "virtiofs",
     "overlay",
+    "crc16",
+    "crc32c_generic",
+    "jbd2",
+    "mbcache",
+    "ext4",
 )
 """All that a guest of ours may load; what a kernel has built in is in no file."""
 
-_FILE = r"(?:{})\.ko(?:\.xz)?"
-PATTERN = re.compile(
-    r"(?:\./)?(?:usr/)?lib/modules/[^/]+/(?:.*/)?" + _FILE.format("|".join(NAMES).replace("_", "[_-]"))
-)
+_FILE = "(?:{})".format("|".join(NAMES).replace("_", "[_-]")) + r"\.ko(?:\.xz|\.zst)?"
+PATTERN = re.compile(r"(?:\./)?(?:usr/)?lib/modules/[^/]+/(?:.*/)?" + _FILE)
 """The files in a kernel's package."""
 
 
@@ -47,10 +52,15 @@ class Module:
 
 
 def parse(file_name: str, data: bytes) -> Module:
-    """Read a module's file, compressed by xz if it ends so."""
+    """Read a module's file, compressed by xz or zstd if its name ends so."""
     stem = file_name.rpartition("/")[2]
     if stem.endswith(".xz"):
         data, stem = lzma.decompress(data), stem.removesuffix(".xz")
+    elif stem.endswith(".zst"):
+        import zstandard  # seldom needed
+
+        with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+            data, stem = reader.read(), stem.removesuffix(".zst")
     match = re.search(rb"\0depends=([^\0]*)\0", data)
     depends = match[1].decode() if match else ""
     return Module(
@@ -92,6 +102,25 @@ def choose(directory: Path, wanted: Iterable[str]) -> list[Path]:
             needed.add(name)
             left += depends[name]
     return [directory / f"{name}.ko" for name in depends if name in needed]
+
+
+@contextmanager
+def indexed(directory: Path) -> Iterator[Path]:
+    """A directory for `choose`: `directory` itself as `save` leaves it, or a temporary one if it is a kernel's ``lib/modules/VERSION``.
+
+    `ValueError` if no module that we may load is in it.
+    """
+    if (directory / "order").exists():
+        yield directory
+        return
+    files = [path for path in directory.rglob("*.ko*") if re.fullmatch(_FILE, path.name)]
+    if not files:
+        raise ValueError(
+            f"{directory} holds no modules for a guest (virtio_mmio.ko, …): give lib/modules/VERSION of the kernel"
+        )
+    with tempfile.TemporaryDirectory(prefix="kvmkit-modules-") as temporary:
+        save(Path(temporary) / "modules", (parse(path.name, path.read_bytes()) for path in files))
+        yield Path(temporary) / "modules"
 
 
 def save(directory: Path, modules: Iterable[Module]) -> None:

@@ -68,7 +68,6 @@ def initramfs(config: VmConfig, guest: DefaultGuest, devices: Devices) -> bytes:
         directory: Path | None = Path(config.modules)
     else:
         directory = None if config.kernel else guest.kernel.modules
-    chosen = modules.choose(directory, devices.modules) if directory else []
     root: dict[str, Any] | None = None
     if config.root is not None and config.root.fstype == "virtiofs":
         root = {"tag": ROOT_TAG, "fstype": "virtiofs", "read_only": True, "overlay": True}
@@ -87,7 +86,10 @@ def initramfs(config: VmConfig, guest: DefaultGuest, devices: Devices) -> bytes:
     }
     if config.console_command:
         boot |= console_command(config.console_command, always=not config.console_fallback)
-    return guest.initramfs(boot, chosen)
+    if directory is None:
+        return guest.initramfs(boot)
+    with modules.indexed(directory) as files:
+        return guest.initramfs(boot, modules.choose(files, devices.modules))
 
 
 @contextmanager

@@ -72,6 +72,8 @@ def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> N
     disks = list(config.disks)
     if config.root is not None and config.root.fstype != "virtiofs":
         disks.insert(0, DiskConfig(config.root.path, temporary=True))
+        # ext4 asks for crc32c by name, which its list of modules doesn't say.
+        devices.modules += ["crc32c_generic", config.root.fstype]
     for i, disk in enumerate(disks):
         devices.virtio.append(_disk(disk, i, config.cpus))
         devices.modules.append("virtio_blk")
