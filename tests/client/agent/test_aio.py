@@ -56,7 +56,7 @@ def test_timeout_and_cancellation_end_the_command(connect: Connect, tmp_path: Pa
 
     async def test(agent: AsyncAgent) -> None:
         with pytest.raises(CommandTimeout) as caught:
-            await agent.run(script, cwd=tmp_path, timeout_s=0.3)
+            await agent.run(script, cwd=tmp_path, timeout_s=1.0)
         assert caught.value.stdout == b"begun\n"
         wait_for_end(int((tmp_path / "pid").read_text()))
         (tmp_path / "pid").unlink()

@@ -132,7 +132,7 @@ def test_timeout(agent: Agent, tmp_path: Path) -> None:
         agent.run(
             sh("echo begun; echo $$ > pid; trap '' HUP TERM; sleep 100"),
             cwd=tmp_path,
-            timeout_s=0.3,
+            timeout_s=1.0,
             text=True,
         )
     assert caught.value.stdout == "begun\n"
