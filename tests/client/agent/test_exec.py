@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -227,11 +228,12 @@ def test_descriptors_of_the_caller(agent: Agent, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(DATA)
     with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as sink:
         process = agent.popen(["cat"], stdin=source.fileno(), stdout=sink.fileno())
-    assert process.wait(60) == 0
+    with process:
+        assert process.wait(60) == 0
     assert (tmp_path / "out").read_bytes() == DATA
     with open("/dev/full", "wb") as full:
         process = agent.popen(["echo", "x"], stdout=full.fileno())
-    with pytest.raises(OSError, match="space"):
+    with process, pytest.raises(OSError, match="space"):
         process.wait(20)
 
 
@@ -267,6 +269,16 @@ def test_nothing_is_left_open(agent: Agent) -> None:
         with pytest.raises(ConnectionRefusedError):
             Agent(refuse).popen(["true"], stdin=PIPE, stdout=PIPE)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_with_block_leaves_nothing_running(agent: Agent) -> None:
+    # The command has ended before its output is read: its end isn't yet that of what carries the output.
+    for _ in range(20):
+        with agent.popen(["head", "-c", "300000", "/dev/zero"], stdout=PIPE) as process:
+            process.wait(20)
+        assert not [
+            thread for thread in threading.enumerate() if thread.name == f"guest-command-{process.pid}"
+        ]
 
 
 def refuse() -> socket.socket:

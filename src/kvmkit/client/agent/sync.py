@@ -71,7 +71,8 @@ class Process:
         self._error: Exception | None = None
         self._lock = threading.Lock()
         self._closed = False
-        threading.Thread(target=self._run, name=f"guest-command-{self.pid}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"guest-command-{self.pid}", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +86,7 @@ class Process:
                     stream.close()
         if kind is not None:
             self.kill()
-        self._ended.wait()
+        self._thread.join()  # not for the command's end alone: then its descriptors are closed too
 
     @property
     def returncode(self) -> int | None:
