@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmkit.client import Machine, MachineConfig
+from kvmkit.client import Machine, MachineConfig, Share
 from kvmkit.errors import KvmkitError, VmError, VmTimeout
 from kvmkit.testing.kernel import assemble_kernel, puts
 
@@ -94,7 +94,7 @@ def test_the_client_is_killed(engine: str, kernel: Kernel) -> None:
     """The VM process doesn't outlive its client, in the middle of running guest code."""
     program = f"""
 import os, signal
-from kvmkit.client import Machine, MachineConfig
+from kvmkit.client import Machine, MachineConfig, Share
 vm = Machine(MachineConfig(engine={engine!r}, kernel={kernel(SPIN)!r}, memory="64M", agent=False, output_fd=1))
 vm.start()
 os.write(2, b"%d" % vm.pid)
@@ -133,3 +133,9 @@ def test_use_before_start() -> None:
 def test_assembled_kernels_are_kept(tmp_path: os.PathLike[str]) -> None:
     assert assemble_kernel("hlt") == assemble_kernel("hlt")
     assert assemble_kernel("hlt")[:4] == b"\x7fELF"
+
+
+def test_a_share_is_added_before_the_start(tmp_path: os.PathLike[str]) -> None:
+    machine = Machine(MachineConfig(shares=(Share("/a", "/b"),)))
+    machine.add_share(tmp_path, "/c", read_only=True)
+    assert machine.config.shares == (Share("/a", "/b"), Share(tmp_path, "/c", read_only=True))

@@ -197,6 +197,13 @@ class Machine(VmProcess):
         """Its files."""
         return self.agent.files
 
+    def add_share(self, directory: str | os.PathLike[str], path: str, *, read_only: bool = False) -> None:
+        """Share one more directory of the host, at `path` in the guest. Before the start: the board has no hot-plug yet."""
+        if self.directory is not None:
+            raise KvmkitError("shares are given before a machine starts: its board has no hot-plug yet")
+        share = Share(directory, path, read_only)
+        self.config = replace(self.config, shares=(*self.config.shares, share))
+
     def forward(self, guest_port: int, host_port: int = 0, *, host_address: str = "127.0.0.1") -> Forward:
         """Have TCP connections to `host_port` (0: any free one, see `Forward.port`) reach `guest_port` in the guest.
 
