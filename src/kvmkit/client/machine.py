@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from kvmkit import runtime
 from kvmkit.client.agent import Agent, CompletedProcess, Files, Process
@@ -16,7 +16,9 @@ from kvmkit.client.config import Disk, MachineConfig, Share
 from kvmkit.client.forward import Forward
 from kvmkit.client.vm_process import End, Event, VmProcess
 from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
-from kvmkit.images import DirectoryRoot, ImageConfig, ImageRoot, resolve
+
+if TYPE_CHECKING:
+    from kvmkit.images import ImageConfig
 
 AGENT_PORT = 1024
 READY_S = 120.0
@@ -288,6 +290,8 @@ class Machine(VmProcess):
 
         def progress(text: str) -> None:
             self._add(Event("progress", time.monotonic_ns(), {"text": text}))
+
+        from kvmkit.images import DirectoryRoot, ImageRoot, resolve  # many machines have no root to look for
 
         match resolve(os.fspath(root), progress):
             case DirectoryRoot(path):
