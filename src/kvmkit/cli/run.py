@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from kvmkit.cli import EXIT_KVMKIT
 from kvmkit.cli.arguments import (
     CommandAfterDashes,
     DiskArgument,
@@ -27,7 +28,6 @@ from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
 
 EXIT_GUEST_DIED = 123
 EXIT_TIMEOUT = 124
-EXIT_KVMKIT = 125
 EXIT_OUTPUT_CLOSED = 141
 """128 + SIGPIPE, as a shell reports it."""
 
