@@ -91,7 +91,7 @@ def directory(warm_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tools / "python").symlink_to(sys.executable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(Path(kvmkit.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(kvmkit.__file__).parents[1]), prepend=os.pathsep)
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
