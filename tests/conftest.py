@@ -3,7 +3,7 @@
 import functools
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -15,6 +15,14 @@ from kvmkit.testing.kernel import assemble_kernel
 
 settings.register_profile("kvmkit", deadline=None)  # the machine may be busy
 settings.load_profile("kvmkit")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """VMs of tests are not among the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        yield
 
 
 @pytest.fixture(params=["kvm", "soft"])
