@@ -928,7 +928,7 @@ def test_inodes_and_handles_that_never_were(guest: Fuse) -> None:
 
 def test_tables_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inodes_module, "MAX_NODES", 10)
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (128, 128))
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     for i in range(12):
         os.mknod(tmp_path / f"f{i}")

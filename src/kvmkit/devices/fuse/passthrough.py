@@ -105,9 +105,9 @@ class PassthroughFs:
             raise ValueError("sharing a directory needs /proc, which isn't mounted here")
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        # Shares, and the rest of the process, divide it among themselves.
-        self._max_handles = min(limit // 8, 1 << 16)
-        self._inodes = Inodes(directory, max_directories=min(limit // 16, 4096))
+        # Eight shares leave a quarter of it to the rest of the process.
+        self._max_handles = min(limit // 16, 1 << 16)
+        self._inodes = Inodes(directory, max_directories=min(limit // 32, 4096))
         self.read_only = read_only
         self._unchanging = unchanging
         self._valid_s = _UNCHANGING_S if unchanging else 0
