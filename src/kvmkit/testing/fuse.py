@@ -335,6 +335,12 @@ def mutate_and_feed(rng: random.Random, driver: Driver) -> None:
             if rng.random() < 0.6
             else (number & 0xFFFFFFFF).to_bytes(4, "little")
         )
+    if opcode == fuse.FALLOCATE:  # it could take all of the host's disk, or memory
+        body = bytearray(
+            struct.pack(
+                "<QQQQ", *(rng.randrange(16) << rng.choice([0, 12]) for _ in range(3)), rng.randrange(64)
+            )
+        )
     for _ in range(rng.randrange(3)):
         body += rng.choice(_NAMES) + b"\0" * (rng.random() < 0.9)
     if rng.random() < 0.05:
