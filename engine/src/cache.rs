@@ -7,11 +7,14 @@
 use crate::cpu::{Cpu, mmu_mode, tlb_invalid};
 use crate::jumps::{JUMP_ENTRIES, Jumps, LINKS};
 use crate::mem::CodePages;
+use crate::stats;
 use crate::thunks;
 use crate::translate::{Decoded, Entry, Link, LinkIds, Mode, Translator};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Instant;
 
 /// Bytes of translated code; most guests need a few MiB.
 const CACHE_BYTES: usize = 64 << 20;
@@ -113,15 +116,14 @@ pub struct CodeCache {
     decoded: Vec<Box<Decoded>>,
     /// Counts `clear`: addresses in the cache are good for one generation.
     pub generation: u64,
-    pub translated: u64,
-    pub invalidated: u64,
+    stats: Arc<stats::Set>,
 }
 
 // SAFETY: owns its mappings; used under a lock.
 unsafe impl Send for CodeCache {}
 
 impl CodeCache {
-    pub fn new() -> std::io::Result<Self> {
+    pub fn new(stats: Arc<stats::Set>) -> std::io::Result<Self> {
         // SAFETY: plain system calls; both mappings are of our own memfd.
         let (rw, rx) = unsafe {
             let fd = libc::memfd_create(c"kvmkit-code".as_ptr(), libc::MFD_CLOEXEC);
@@ -157,8 +159,7 @@ impl CodeCache {
             careful: FastMap::default(),
             decoded: Vec::new(),
             generation: 0,
-            translated: 0,
-            invalidated: 0,
+            stats,
         };
         for (n, thunk) in thunks::TABLE.iter().enumerate() {
             this.write(n * 8, &(*thunk as usize as u64).to_le_bytes());
@@ -187,9 +188,6 @@ impl CodeCache {
     pub fn blocks(&self) -> Vec<(u64, u32, u64, u16)> {
         self.blocks.iter().map(|b| (self.address(b.start as usize), b.end - b.start, b.key.rip, b.guest_len)).collect()
     }
-    pub fn used(&self) -> usize {
-        self.used
-    }
     pub fn bounds(&self) -> (u64, u64) {
         (self.rx as u64, self.rx as u64 + CACHE_BYTES as u64)
     }
@@ -209,6 +207,7 @@ impl CodeCache {
     ///
     /// The caller has marked the page as code and found room (`is_full`).
     pub fn translate(&mut self, key: Key, code: &[u8]) -> Target {
+        let start = Instant::now();
         let place = self.used;
         let (bytes, t) = self.translator.translate(code, key.rip, key.mode, place, &mut self.ids);
         assert!(place + bytes.len() <= CACHE_BYTES);
@@ -242,7 +241,9 @@ impl CodeCache {
             valid: true,
         });
         self.map.insert(key, id);
-        self.translated += 1;
+        self.stats.count(stats::vm::TRANSLATED);
+        self.stats.set(stats::vm::CACHE_BYTES, self.used as u64);
+        self.stats.add(stats::vm::TRANSLATION_TIME, start.elapsed().as_nanos() as u64);
         Target { host: self.address(self.blocks[id as usize].entry_b as usize), block: id }
     }
 
@@ -263,6 +264,7 @@ impl CodeCache {
         if !b.incoming.contains(&id) {
             b.incoming.push(id);
         }
+        self.stats.count(stats::vm::CHAINED);
         if link.site == 0 {
             return Some(self.address(entry as usize));
         }
@@ -354,7 +356,7 @@ impl CodeCache {
             }
         });
         // The block may be executing: its links stay usable until it is left, and resolve by themselves.
-        self.invalidated += 1;
+        self.stats.count(stats::vm::INVALIDATED);
     }
 
     /// Inside `Vm::exclusive`, with every vCPU's `Jumps` cleared by the caller.
@@ -368,6 +370,8 @@ impl CodeCache {
         self.decoded.clear();
         self.ids = Ids { low: 0, high: LINKS as u32 / 2 };
         self.generation += 1;
+        self.stats.count(stats::vm::CACHE_FLUSHES);
+        self.stats.set(stats::vm::CACHE_BYTES, self.used as u64);
     }
 
     /// Host address of code that runs the one instruction `i` (encoded as `bytes`) on `Cpu::operand`.

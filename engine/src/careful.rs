@@ -14,6 +14,7 @@ use crate::interp::{effective, segment_index};
 use crate::run::{self, leave};
 use crate::segment;
 use crate::signal;
+use crate::stats::vcpu as counter;
 use crate::thunks;
 use crate::{access, mmu};
 use iced_x86::{
@@ -58,6 +59,7 @@ fn access_of(i: &Instruction) -> (usize, bool, bool) {
 
 /// Run `i`; the caller moves rip. `integer`: it touches neither x87 nor vector state.
 pub fn run_instruction(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer: bool) -> Res<()> {
+    v.shared.stats.count(counter::CAREFUL);
     make_room(v);
     let (size, _, write) = access_of(i);
     if size == 0 {

@@ -572,7 +572,7 @@ impl Vcpu {
         let boot = vm.boot_cpu.load(std::sync::atomic::Ordering::Relaxed);
         let lapic =
             vm.has_lapics.load(std::sync::atomic::Ordering::Relaxed).then(|| crate::lapic::Lapic::new(id, id == boot));
-        let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic));
+        let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic)?);
         vm.vcpus.write().unwrap().push(shared.clone());
         let slots = vm.slots.read().unwrap().clone();
         let mut this = Self {

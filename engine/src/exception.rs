@@ -7,6 +7,7 @@ use crate::mmu::is_canonical;
 use crate::segment::{
     Descriptor, GP, NP, SS_FAULT, TS, is_real, on_stack, read_descriptor, set_cs, set_descriptor_bits,
 };
+use crate::stats::vcpu as counter;
 use crate::{access, debug, task};
 
 /// Descriptor type.
@@ -35,8 +36,10 @@ pub fn deliver(v: &mut Vcpu, mut e: Exception) -> Res<()> {
         debug::set_dr6(&mut v.cpu, e.payload);
     }
     v.halted = false;
+    v.shared.stats.count(counter::EXCEPTIONS);
     loop {
         if e.vector == PF {
+            v.shared.stats.count(counter::PAGE_FAULTS);
             v.cpu.cr2 = e.payload;
         }
         v.io.done.clear();

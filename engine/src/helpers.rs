@@ -7,6 +7,7 @@ use crate::cache::{Key, Target, revoke_writes};
 use crate::cpu::{Cpu, Exception, Exit, Stop, Vcpu, rflags};
 use crate::mem::{CodePages, LOG_DIRTY};
 use crate::run::{self, leave};
+use crate::stats::vcpu as counter;
 use crate::translate::{Decoded, Mode};
 use crate::{access, exception, interp, mmu, thunks};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -33,6 +34,7 @@ unsafe fn vcpu<'a>(cpu: *mut Cpu) -> &'a mut Vcpu {
 pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_pc: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    v.shared.stats.count(counter::MEMORY);
     v.cpu.jump = 0;
     let (size, write, mode) = (info & 0xffff, info >> 16 & 1 != 0, (info >> 24) as usize);
     let offset = address & 0xfff;
@@ -53,6 +55,7 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
     let Some((rip, _)) = place else {
         return leave_with(v, Exit::InternalError("translated code lost its place".into()));
     };
+    v.shared.stats.count(counter::SLOW);
     v.cpu.rip = rip;
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     let result = interp::step_integer(v);
@@ -88,6 +91,7 @@ fn write_beside_code(v: &mut Vcpu, address: u64, size: u64, mode: usize, return_
 pub unsafe extern "C" fn interpret(cpu: *mut Cpu, decoded: u64, next: u64, _return_pc: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    v.shared.stats.count(counter::INTERPRET);
     // SAFETY: owned by the code cache for as long as the calling block exists; copied because running the
     // instruction may flush the cache.
     let (i, bytes) = unsafe {
@@ -117,6 +121,7 @@ pub unsafe extern "C" fn interpret(cpu: *mut Cpu, decoded: u64, next: u64, _retu
 pub unsafe extern "C" fn step(cpu: *mut Cpu, rip: u64, _: u64, _: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    v.shared.stats.count(counter::STEP);
     v.cpu.rip = rip;
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     let result = interp::step_integer(v);
@@ -127,6 +132,7 @@ pub unsafe extern "C" fn step(cpu: *mut Cpu, rip: u64, _: u64, _: u64) -> u64 {
 pub unsafe extern "C" fn indirect(cpu: *mut Cpu, target: u64, _: u64, _: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    v.shared.stats.count(counter::INDIRECT);
     v.cpu.rip = target;
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     go_on(v, Ok(()))
@@ -136,6 +142,7 @@ pub unsafe extern "C" fn indirect(cpu: *mut Cpu, target: u64, _: u64, _: u64) ->
 pub unsafe extern "C" fn poll(cpu: *mut Cpu, rip: u64, _: u64, _: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    v.shared.stats.count(counter::POLL);
     v.cpu.rip = rip;
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     go_on(v, Ok(()))
@@ -145,6 +152,7 @@ pub unsafe extern "C" fn poll(cpu: *mut Cpu, rip: u64, _: u64, _: u64) -> u64 {
 pub unsafe extern "C" fn link(cpu: *mut Cpu, id: u64, _: u64, _: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
+    v.shared.stats.count(counter::LINK);
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     let Some(link) = v.vm.cache.lock().unwrap().link(id as u32) else {
         return leave_with(v, Exit::InternalError("translated code has a link that nobody made".into()));

@@ -26,6 +26,7 @@ pub mod run;
 pub mod segment;
 pub mod signal;
 pub mod state;
+pub mod stats;
 pub mod sys;
 pub mod task;
 pub mod thunks;

@@ -11,6 +11,7 @@ use crate::cpu::{
     Cpu, Exception, Res, Stop, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, Vcpu, cr0, cr4, efer, mmu_mode, tlb_invalid,
 };
 use crate::mem::{LOG_DIRTY, READONLY, Slots};
+use crate::stats::vcpu as counter;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 const P: u64 = 1;
@@ -135,6 +136,7 @@ fn fault(la: u64, intent: Intent, mode: usize, cpu: &Cpu, present: bool, reserve
 /// it went through SS).
 pub fn walk(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize) -> Result<Page, Exception> {
     let cpu = &*vcpu.cpu;
+    vcpu.shared.stats.count(counter::WALKS);
     if !cpu.paging() {
         // Without paging a linear address has 32 bits.
         return Ok(Page { gpa: la & 0xffff_f000, writable: true, global: false });
@@ -323,6 +325,7 @@ pub fn fill(vcpu: &mut Vcpu, la: u64, write: bool, mode: usize) -> Res<Option<Tl
     };
     let i = index(la);
     vcpu.cpu.tlb[mode][i] = entry;
+    vcpu.shared.stats.count(if write { counter::WRITE_MISSES } else { counter::READ_MISSES });
     if !page.global {
         vcpu.log.record(mode, i);
     }
@@ -398,6 +401,7 @@ pub fn fetch_page(vcpu: &mut Vcpu, la: u64) -> Res<Fetch> {
     if slot.0 == number {
         return Ok(slot.1);
     }
+    vcpu.shared.stats.count(counter::FETCH_MISSES);
     let page = walk(vcpu, la, Intent::Execute, mode)?;
     let Some(hva) = vcpu.slots.hva(page.gpa, 4096) else {
         return Err(Stop::Exit(crate::cpu::Exit::InternalError(format!(
@@ -425,6 +429,7 @@ pub fn clear(cpu: &mut Cpu) {
 
 /// Everything, global pages included: CR0.PG, CR4, memory slots.
 pub fn flush_all(vcpu: &mut Vcpu) {
+    vcpu.shared.stats.count(counter::TLB_FLUSH);
     clear(&mut vcpu.cpu);
     vcpu.fetch.flush(true);
     vcpu.log.len = 0;
@@ -432,6 +437,7 @@ pub fn flush_all(vcpu: &mut Vcpu) {
 
 /// A CR3 write: global pages stay.
 pub fn flush_non_global(vcpu: &mut Vcpu) {
+    vcpu.shared.stats.count(counter::TLB_FLUSH_LOCAL);
     if vcpu.log.len > FillLog::CAPACITY {
         for table in &mut vcpu.cpu.tlb {
             for (i, e) in table.iter_mut().enumerate() {
@@ -457,6 +463,7 @@ pub fn flush_non_global(vcpu: &mut Vcpu) {
 
 /// INVLPG.
 pub fn flush_page(vcpu: &mut Vcpu, la: u64) {
+    vcpu.shared.stats.count(counter::INVLPG);
     for table in &mut vcpu.cpu.tlb {
         table[index(la)] = TlbEntry::empty(index(la));
     }

@@ -7,11 +7,12 @@ use crate::lapic::{self, Message};
 use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{debug, msr, run, state, timer, xstate};
+use crate::{debug, msr, run, state, stats, timer, xstate};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::mem::ManuallyDrop;
+use std::os::fd::IntoRawFd;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
@@ -239,10 +240,11 @@ impl Vm {
         event.and_then(|e| vm.irq.remove_ioeventfd(&e)).map_err(io_error)
     }
 
-    /// Let go of all eventfds.
+    /// Let go of all descriptors.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let vm = self.machine()?;
         py.detach(|| {
+            vm.stats.close();
             vm.timers.cancel(timer::PIT);
             vm.irq.close();
         });
@@ -286,14 +288,23 @@ impl Vm {
         Ok(self.machine()?.cache.lock().unwrap().blocks())
     }
 
-    fn stats(&self) -> PyResult<Vec<(&'static str, u64)>> {
-        let cache = self.machine()?.cache.lock().unwrap();
-        Ok(vec![
-            ("blocks_translated", cache.translated),
-            ("blocks_invalidated", cache.invalidated),
-            ("code_cache_flushes", cache.generation),
-            ("code_cache_bytes", cache.used() as u64),
-        ])
+    /// Counters by name: the VM's, the sums of its vCPUs', and #UD for want of support by mnemonic.
+    fn stats(&self) -> PyResult<Vec<(String, u64)>> {
+        let vm = self.machine()?;
+        let mut list: Vec<(String, u64)> = vm.stats.list().map(|(name, n)| (name.into(), n)).collect();
+        let mut sums = vec![0; stats::vcpu::ALL.len()];
+        for v in vm.vcpus.read().unwrap().iter() {
+            v.stats.list().zip(&mut sums).for_each(|((_, n), sum)| *sum += n);
+        }
+        let names = stats::vcpu::ALL.iter().filter(|d| d.values == 1);
+        list.extend(names.zip(sums).map(|(d, sum)| (d.name.into(), sum)));
+        let unsupported = vm.unsupported.lock().unwrap();
+        list.extend(unsupported.iter().map(|(mnemonic, n)| (format!("ud_{mnemonic:?}").to_lowercase(), *n)));
+        Ok(list)
+    }
+
+    fn stats_fd(&self) -> PyResult<i32> {
+        Ok(self.machine()?.stats.open().map_err(io_error)?.into_raw_fd())
     }
 }
 
@@ -461,6 +472,13 @@ impl Vcpu {
         Ok(())
     }
 
+    /// `kick`, and let go of the counters' descriptor.
+    fn close(&self) -> PyResult<()> {
+        self.kick()?;
+        self.shared.stats.close();
+        Ok(())
+    }
+
     fn get_regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.with(py, |v| state::get_regs(v))?;
         Ok(PyBytes::new(py, &b))
@@ -602,6 +620,10 @@ impl Vcpu {
             let mode = crate::cpu::mmu_mode::KERNEL_AC;
             mmu::walk(v, address, Intent::Read, mode).ok().map(|p| p.gpa | address & 0xfff)
         })
+    }
+    fn stats_fd(&self) -> PyResult<i32> {
+        check_pid(self.pid)?;
+        Ok(self.shared.stats.open().map_err(io_error)?.into_raw_fd())
     }
     fn set_interpret_only(&self, py: Python<'_>, on: bool) -> PyResult<()> {
         self.with(py, |v| v.interpret_only = on)

@@ -2,6 +2,7 @@
 
 use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
 use crate::helpers::{find_entry, pack_flags, poll_word, polled, unpack_flags};
+use crate::stats::vcpu as counter;
 use crate::vm::request;
 use crate::{access, debug, exception, interp, pvclock, signal, thunks};
 use std::sync::atomic::Ordering;
@@ -33,14 +34,36 @@ pub fn translatable(v: &Vcpu) -> bool {
 pub fn run(v: &mut Vcpu) -> Exit {
     signal::install();
     if let Some((gpa, data)) = v.io.writes.pop_front() {
-        return mmio_write(gpa, &data);
+        let exit = mmio_write(gpa, &data);
+        count_exit(v, &exit);
+        return exit;
     }
     v.cpu.vcpu = v;
     v.vm.clone().start_running(&v.shared);
     v.refresh();
     let exit = run_loop(v);
     v.vm.stop_running(&v.shared);
+    count_exit(v, &exit);
     exit
+}
+
+fn count_exit(v: &Vcpu, exit: &Exit) {
+    // Neither is an exit to who called KVM_RUN.
+    if matches!(exit, Exit::Signals | Exit::Extint) {
+        return;
+    }
+    v.shared.stats.count(counter::EXITS);
+    v.shared.stats.count(match exit {
+        Exit::Io { .. } => counter::IO_EXITS,
+        Exit::Mmio { .. } => counter::MMIO_EXITS,
+        Exit::Hlt => counter::HALT_EXITS,
+        Exit::IrqWindowOpen => counter::IRQ_WINDOW_EXITS,
+        Exit::IoapicEoi(_) => counter::EOI_EXITS,
+        Exit::Debug { .. } => counter::DEBUG_EXITS,
+        Exit::Shutdown => counter::SHUTDOWN_EXITS,
+        Exit::InternalError(_) => counter::ERROR_EXITS,
+        Exit::Intr | Exit::Signals | Exit::Extint => counter::SIGNAL_EXITS,
+    });
 }
 
 /// Handle what other threads asked for, device writes of the last instruction, HLT and interrupts: `Some`
@@ -141,6 +164,7 @@ fn accept(v: &mut Vcpu, requests: u32) {
 fn inject(v: &mut Vcpu) -> Option<Exit> {
     let delivered = |v: &mut Vcpu, vector: u8| {
         v.halted = false;
+        v.shared.stats.count(if vector == 2 { counter::NMI_INJECTIONS } else { counter::IRQ_INJECTIONS });
         match exception::deliver_interrupt(v, vector) {
             Err(Stop::Exit(exit)) => Some(exit),
             _ => None,
@@ -248,6 +272,7 @@ fn translated(v: &mut Vcpu) -> Result<(), Stop> {
     let entry = find_entry(v)?;
     // It lasts for one instruction, and matters to breakpoints alone.
     v.cpu.sysflags &= !rflags::RF;
+    v.shared.stats.count(counter::ENTRIES);
     enter(v, entry);
     match v.cpu.leave {
         leave::EXIT => Err(Stop::Exit(v.exit.take().unwrap_or(Exit::Intr))),

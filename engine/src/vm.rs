@@ -11,6 +11,7 @@ use crate::cpu::Cpu;
 use crate::irq::Irq;
 use crate::lapic::Lapic;
 use crate::mem::{CodePages, LOG_DIRTY, Slot, Slots};
+use crate::stats;
 use crate::timer::{self, Timers};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -29,6 +30,7 @@ pub struct VcpuShared {
     pub on_main_thread: AtomicBool,
     /// Local APIC, if the VM has an in-kernel irqchip.
     pub lapic: Option<Lapic>,
+    pub stats: stats::Set,
     /// A halted vCPU sleeps here.
     sleep: Mutex<bool>,
     wake: Condvar,
@@ -53,17 +55,19 @@ pub mod request {
 }
 
 impl VcpuShared {
-    pub fn new(id: u32, cpu: *mut Cpu, lapic: Option<Lapic>) -> Self {
-        Self {
+    pub fn new(id: u32, cpu: *mut Cpu, lapic: Option<Lapic>) -> std::io::Result<Self> {
+        let stats = stats::Set::new(stats::vcpu::ALL, &format!("kvm-{}/vcpu-{id}", std::process::id()))?;
+        Ok(Self {
             id,
             cpu: AtomicPtr::new(cpu),
             requests: AtomicU32::new(0),
             running: AtomicBool::new(false),
             on_main_thread: AtomicBool::new(false),
             lapic,
+            stats,
             sleep: Mutex::new(false),
             wake: Condvar::new(),
-        }
+        })
     }
     /// Ask the vCPU to handle `bits` soon: within the block that it executes, or at once if it is halted.
     /// Any thread; takes no GIL.
@@ -81,11 +85,17 @@ impl VcpuShared {
     }
     /// Sleep until a request arrives (HLT). Returns at once if one arrived since the last call.
     pub fn wait(&self) {
+        let start = std::time::Instant::now();
         let mut woken = self.sleep.lock().unwrap();
         while !*woken {
             woken = self.wake.wait(woken).unwrap();
         }
         *woken = false;
+        drop(woken);
+        let ns = start.elapsed().as_nanos() as u64;
+        self.stats.count(stats::vcpu::HALT_WAKEUP);
+        self.stats.add(stats::vcpu::HALT_WAIT, ns);
+        self.stats.observe(stats::vcpu::HALT_WAIT_HIST, ns);
     }
     /// The vCPU is going away.
     pub fn detach(&self) {
@@ -118,6 +128,10 @@ pub struct Vm {
     /// Guest pages that hold translated code.
     pub code: CodePages,
     pub cache: Mutex<CodeCache>,
+    /// Written under the lock of `cache`, or of `exclusive`.
+    pub stats: Arc<stats::Set>,
+    /// Instructions that raised #UD because nothing here runs them, by name.
+    pub unsupported: Mutex<HashMap<iced_x86::Mnemonic, u64>>,
     stop: AtomicBool,
     exclusive: Mutex<()>,
     parked: Mutex<()>,
@@ -126,6 +140,7 @@ pub struct Vm {
 
 impl Vm {
     pub fn new(tsc_khz: u32) -> std::io::Result<Self> {
+        let stats = Arc::new(stats::Set::new(stats::vm::ALL, &format!("kvm-{}", std::process::id()))?);
         Ok(Self {
             slots: RwLock::default(),
             vcpus: RwLock::default(),
@@ -138,7 +153,9 @@ impl Vm {
             pit_gsi: AtomicU32::new(0),
             dirty: RwLock::default(),
             code: CodePages::new()?,
-            cache: Mutex::new(CodeCache::new()?),
+            cache: Mutex::new(CodeCache::new(stats.clone())?),
+            stats,
+            unsupported: Mutex::default(),
             stop: AtomicBool::new(false),
             exclusive: Mutex::new(()),
             parked: Mutex::new(()),
@@ -171,6 +188,7 @@ impl Vm {
         let was_running = me.is_some_and(|m| m.running.swap(false, Ordering::SeqCst));
         let owner = self.exclusive.lock().unwrap();
         self.stop.store(true, Ordering::SeqCst);
+        self.stats.count(stats::vm::EXCLUSIVE);
         let vcpus = self.vcpus.read().unwrap().clone();
         for v in &vcpus {
             if v.running.load(Ordering::SeqCst) {

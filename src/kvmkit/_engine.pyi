@@ -65,7 +65,7 @@ class Vm:
         """Undo `add_ioeventfd`, by any descriptor of that eventfd. ENOENT: none; EBADF, EINVAL."""
 
     def close(self) -> None:
-        """Let go of all eventfds, and stop the PIT."""
+        """Let go of all eventfds and of the counters' descriptor, and stop the PIT."""
 
     def arm_pit(self, at_ns: int, period_ns: int) -> None:
         """An edge on GSI 0 at `at_ns` of `monotonic_raw_ns`, then every `period_ns` if that isn't 0."""
@@ -83,7 +83,16 @@ class Vm:
         """Translated blocks for profilers: host address and bytes, guest rip and bytes."""
 
     def stats(self) -> list[tuple[str, int]]:
-        """Counters by name."""
+        """Counters by name: the VM's, the sums of its vCPUs', and `ud_MNEMONIC` for instructions that nothing here runs.
+
+        Blocks translated, chained, invalidated; code cache; time translating; safepoints. Of vCPUs: exits by reason,
+        interrupts, NMIs, exceptions; instructions interpreted (`insn_emulation`), those of them that the processor computed
+        (`insn_native`) and those refused; entries to translated code, calls of its helpers by name; TLB misses by kind, accesses
+        that no TLB serves, page walks, flushes; sleeps in HLT.
+        """
+
+    def stats_fd(self) -> int:
+        """A new descriptor, for reading, of the VM's counters as KVM_GET_STATS_FD has them; they are live."""
 
 class Vcpu:
     """A virtual processor. State access waits while another thread is in `run`."""
@@ -97,6 +106,9 @@ class Vcpu:
 
     def kick(self) -> None:
         """Make `run`, now or next, return KVM_EXIT_INTR. Any thread."""
+
+    def close(self) -> None:
+        """`kick`, and let go of the counters' descriptor."""
 
     def get_regs(self) -> bytes:
         """kvm_regs."""
@@ -175,6 +187,9 @@ class Vcpu:
 
     def translate(self, address: int) -> int | None:
         """The gpa that a supervisor's read of a gva reaches; None if it faults."""
+
+    def stats_fd(self) -> int:
+        """`Vm.stats_fd` of this vCPU. Any thread."""
 
     def set_interpret_only(self, on: bool) -> None:
         """Translate nothing: for tests and to tell the translator's bugs from the interpreter's."""

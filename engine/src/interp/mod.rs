@@ -21,6 +21,7 @@ use crate::far::{self, peek, push_all, set_rsp, stack_mask};
 use crate::helpers::polled;
 use crate::mmu;
 use crate::segment::{self, Inspect};
+use crate::stats::vcpu as counter;
 use crate::sys;
 use crate::task;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
@@ -137,6 +138,7 @@ pub fn run_decoded(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15]) -> Res<()> {
 
 fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()> {
     v.io.used = 0;
+    v.shared.stats.count(counter::INTERPRETED);
     let shadow = std::mem::take(&mut v.cpu.shadow);
     let stepping = v.cpu.sysflags & rflags::TF != 0;
     debug::begin(v);
@@ -930,13 +932,14 @@ fn bit_in_memory(v: &mut Vcpu, mnemonic: Mnemonic, la: u64, size: usize, bit: u6
 
 /// Instructions that the processor itself computes.
 fn native(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Done> {
-    let c = &*v.cpu;
     let integer = native_class(i, Features::NONE);
     if !integer {
         if !native_class(i, Features::ALL) {
+            v.shared.stats.count(counter::UNSUPPORTED);
+            *v.vm.unsupported.lock().unwrap().entry(i.mnemonic()).or_default() += 1;
             return Err(Exception::ud().into());
         }
-        check_fpu(c, i)?;
+        check_fpu(&v.cpu, i)?;
         if !fpu {
             return Err(Stop::NotInterpreted);
         }

@@ -86,6 +86,7 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
     capabilities.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
     capabilities.KVM_CAP_SIGNAL_MSI: 1,
+    capabilities.KVM_CAP_BINARY_STATS_FD: 1,
     capabilities.KVM_CAP_VCPU_EVENTS: 1,
     capabilities.KVM_CAP_DEBUGREGS: 1,
     capabilities.KVM_CAP_SET_GUEST_DEBUG: 1,
@@ -454,6 +455,11 @@ class Vm(_Descriptor, contract.Vm):
         self._check("KVM_GET_TSC_KHZ")
         return _engine.host_tsc_khz()
 
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD."""
+        self._check("KVM_GET_STATS_FD")
+        return _named("KVM_GET_STATS_FD", self._vm.stats_fd)
+
     def stats(self) -> dict[str, int]:
         """Return counters of the engine (no ioctl)."""
         return dict(self._vm.stats())
@@ -477,7 +483,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         if not self._closed:
             self._closed = True
             if not self._machine.forked:
-                self._vcpu.kick()
+                self._vcpu.close()
 
     @property
     def kvm_run(self) -> x.kvm_run:
@@ -788,6 +794,11 @@ class Vcpu(_Descriptor, contract.Vcpu):
             raise ioctl_error("KVM_SET_GUEST_DEBUG", errno.EINVAL)
         registers = list(debug.arch.debugreg)
         _named("KVM_SET_GUEST_DEBUG", self._vcpu.set_guest_debug, debug.control, registers)
+
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD."""
+        self._check("KVM_GET_STATS_FD")
+        return _named("KVM_GET_STATS_FD", self._vcpu.stats_fd)
 
     def translate(self, linear_address: int) -> common.kvm_translation:
         """KVM_TRANSLATE."""
