@@ -14,12 +14,12 @@ writes may be nonsense on purpose: `memory` and the addresses are open.
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kvmkit.devices.virtio.device import VirtioDevice
-from kvmkit.devices.virtio.queue import Queue, QueueError
+from kvmkit.devices.virtio.queue import Chain, Queue, QueueError
 from kvmkit.kvm import GuestMemory, MemoryMap
 
 VERSION_1 = 1 << 32
@@ -37,6 +37,16 @@ class Used:
     written_bytes: int
     data: bytes
     """All that its writable buffers hold."""
+
+
+class _Queue(Queue):
+    """Counts the chains that the device took, whole or broken."""
+
+    chains = 0
+
+    def _chain(self, head: int) -> Chain:
+        self.chains += 1
+        return super()._chain(head)
 
 
 @dataclass
@@ -74,6 +84,8 @@ class Driver:
         self.broken = False
         """DEVICE_NEEDS_RESET is set."""
         self._event_idx = event_idx
+        self.queues: list[_Queue] = []
+        self._chains = 0
         self._changed = threading.Condition()
         device.interrupt = self._interrupt
         device.interrupt_config = self._interrupt_config
@@ -83,11 +95,12 @@ class Driver:
     def activate(self) -> None:
         """Lay out empty rings and set DRIVER_OK; again after `reset`."""
         self._next_buffer = _BUFFERS
+        self._chains = self.chains
         self.broken = False
         self.rings = [self._ring(i, size) for i, size in enumerate(self.device.queue_sizes)]
         self.memory.write(_QUEUES, bytes(_QUEUE_BYTES * len(self.rings)))
         self.queues = [
-            Queue(self.memory, i, r.size, r.desc, r.avail, r.used, event_idx=self._event_idx)
+            _Queue(self.memory, i, r.size, r.desc, r.avail, r.used, event_idx=self._event_idx)
             for i, r in enumerate(self.rings)
         ]
 
@@ -169,8 +182,20 @@ class Driver:
             for k, (gpa, size, flags) in enumerate(buffers)
         ]
 
+    @property
+    def chains(self) -> int:
+        """How many chains the device has taken so far, the broken ones included."""
+        return self._chains + sum(queue.chains for queue in self.queues)
+
     def kick(self, queue: int) -> None:
         """Notify the device, and wait until it has done what it does at once."""
+        self.device.reactor_for(queue).call_and_wait(self._notification(queue))
+
+    def notify(self, queue: int) -> None:
+        """Notify the device, and don't wait: it works on its own thread."""
+        self.device.reactor_for(queue).call(self._notification(queue))
+
+    def _notification(self, queue: int) -> Callable[[], None]:
         target = self.queues[queue]
 
         def notified() -> None:
@@ -180,7 +205,7 @@ class Driver:
                 except QueueError as error:
                     self.device.fail(error)
 
-        self.device.reactor_for(queue).call_and_wait(notified)
+        return notified
 
     def used(self, queue: int) -> list[Used]:
         """Take back what the device is done with."""
@@ -216,6 +241,7 @@ class Driver:
         """Close the device and free the memory."""
         self.device.active = False
         self.device.close()
+        self._chains = self.chains
         self.queues = []
         with suppress(BufferError):  # a test still holds a view
             self.memory.close()

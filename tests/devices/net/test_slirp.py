@@ -16,7 +16,7 @@ from kvmkit.devices.net.slirp import Slirp, allowed, opens_socket
 from kvmkit.devices.virtio.net import RECEIVE, TRANSMIT, Net
 from kvmkit.testing import frames
 from kvmkit.testing.frames import ACK, PSH, RST, SYN, Tcp
-from kvmkit.testing.net import fuzz_driver, mutate_and_feed
+from kvmkit.testing.fuzz.net import fuzz_driver, mutate_and_feed
 from kvmkit.testing.virtqueue import Driver
 
 GATEWAY, NAMESERVER, GUEST = "10.0.2.2", "10.0.2.3", "10.0.2.15"

@@ -14,7 +14,7 @@ from kvmkit.devices.block.overlay import Overlay
 from kvmkit.devices.block.raw import RawFile
 from kvmkit.devices.virtio import blk
 from kvmkit.devices.virtio.blk import Blk
-from kvmkit.testing.fuzz_blk import mutate_and_feed
+from kvmkit.testing.fuzz.blk import mutate_and_feed
 from kvmkit.testing.virtqueue import Driver, Used
 
 OK, IOERR, UNSUPP = 0, 1, 2

@@ -12,6 +12,7 @@ from kvmkit.devices.virtio.console import (
     DEVICE_READY,
     INPUT_BYTES,
     MAX_PORTS,
+    OUTPUT_BYTES,
     PORT_ADD,
     PORT_NAME,
     PORT_OPEN,
@@ -21,6 +22,7 @@ from kvmkit.devices.virtio.console import (
     Console,
     Port,
 )
+from kvmkit.testing.fuzz.console import mutate_and_feed
 from kvmkit.testing.virtqueue import Driver
 
 
@@ -133,27 +135,21 @@ def test_a_driver_that_only_asks_gets_a_bounded_answer(machine: Machine) -> None
     assert len(machine.control(100)) <= 16
 
 
+def test_output_comes_in_pieces_however_much_a_chain_has(machine: Machine) -> None:
+    driver = machine.driver
+    all_of_it = (0x300000, 5 * OUTPUT_BYTES + 1, 0)
+    driver.memory.write(all_of_it[0], bytes(range(256)) * 1281)
+    driver.add_raw(1, [all_of_it] * 4)
+    driver.kick(1)
+    assert len(driver.used(1)) == 1
+    assert max(map(len, machine.written[0])) == OUTPUT_BYTES
+    assert b"".join(machine.written[0]) == driver.memory.read(*all_of_it[:2]) * 4
+
+
 @pytest.mark.parametrize("count", [0, MAX_PORTS + 1])
 def test_too_many_ports(count: int) -> None:
     with pytest.raises(ValueError, match=f"{count} ports"):
         Console([Port(output=bytes)] * count)
-
-
-def mutate_and_feed(rng: random.Random, driver: Driver) -> None:
-    """One step of a hostile driver of this device."""
-    index = rng.randrange(len(driver.device.queue_sizes))
-    if rng.random() < 0.5:
-        data = CONTROL.pack(rng.choice([0, 1, 2, 0xFFFFFFFF]), rng.randrange(10), rng.choice([0, 1, 0xFFFF]))
-        driver.add(index, out=[data[: rng.choice([8, 8, 8, 1, 7])]])
-    else:
-        driver.add(index, in_=[rng.choice([1, 8, 64, 4096])])
-    if isinstance(driver.device, Console) and rng.random() < 0.2:
-        driver.device.ports[rng.randrange(len(driver.device.ports))].send(b"x" * rng.choice([1, 100, 5000]))
-    driver.kick(index)
-    driver.used(index)
-    if driver.broken:
-        driver.reset()
-        driver.activate()
 
 
 @settings(max_examples=50)

@@ -23,7 +23,8 @@ from kvmkit.devices.fuse import protocol as fuse
 from kvmkit.devices.fuse.inodes import Inodes
 from kvmkit.devices.fuse.passthrough import Owners, PassthroughFs
 from kvmkit.devices.virtio.fs import Fs
-from kvmkit.testing.fuse import HIPRIO, REQUESTS, Fuse, code_of, mutate_and_feed
+from kvmkit.testing.fuse import HIPRIO, REQUESTS, Fuse, code_of
+from kvmkit.testing.fuzz.fs import mutate_and_feed
 from kvmkit.testing.virtqueue import Driver
 
 ROOT = fuse.ROOT_ID

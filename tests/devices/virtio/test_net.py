@@ -27,7 +27,8 @@ from kvmkit.devices.virtio.net import (
     random_mac,
 )
 from kvmkit.testing import frames
-from kvmkit.testing.net import MemoryBackend, fuzz_driver, mutate_and_feed
+from kvmkit.testing.fuzz.net import fuzz_driver, mutate_and_feed
+from kvmkit.testing.net import MemoryBackend
 from kvmkit.testing.virtqueue import Driver
 
 MAC = bytes.fromhex("020000000001")

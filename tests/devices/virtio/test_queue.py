@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmkit.devices.virtio.queue import MAX_INDIRECT, Queue, QueueError
+from kvmkit.devices.virtio.queue import MAX_CHAIN_BYTES, MAX_INDIRECT, Queue, QueueError
 from kvmkit.devices.virtio.rng import Rng
 from kvmkit.kvm import GuestMemory, MemoryMap
 from kvmkit.testing.virtqueue import Driver
@@ -95,6 +95,25 @@ def test_an_indirect_table(indirect_after: int) -> None:
     chain = rings.queue.pop()
     assert chain is not None
     assert (chain.readable_bytes, chain.writable_bytes) == (10 + 4 * indirect_after, 10)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_chain_has_an_end_even_if_its_buffers_overlap(more: int) -> None:
+    """Guest memory is no limit to what a chain holds; 2^32 bytes are (section 2.7.5)."""
+    rings = Rings()
+    large, size = 1 << 32, 8 << 20
+    rings.memory.add(large, GuestMemory(size))
+    count = MAX_CHAIN_BYTES // size + more
+    table = b"".join(struct.pack("<QIHH", large, size, NEXT, i + 1) for i in range(count - 1))
+    rings.memory.write(DATA, table + struct.pack("<QIHH", large, size, 0, 0))
+    rings.descriptor(0, DATA, 16 * count, INDIRECT)
+    rings.make_available(0)
+    if more:
+        with pytest.raises(QueueError, match="more than 4294967296 bytes"):
+            rings.queue.pop()
+    else:
+        chain = rings.queue.pop()
+        assert chain is not None and chain.readable_bytes == MAX_CHAIN_BYTES
 
 
 def _set(rings: Rings, *descriptors: tuple[int, int, int, int]) -> None:

@@ -7,7 +7,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,56 +17,30 @@ from hypothesis import strategies as st
 from kvmkit.devices.virtio import vsock
 from kvmkit.devices.virtio.queue import QueueError
 from kvmkit.devices.virtio.vsock import BUF_ALLOC_BYTES, HEADER, Vsock, credit_bytes
+from kvmkit.testing.fuzz.vsock import Host, mutate_and_feed
 from kvmkit.testing.virtqueue import Driver
-
-CID = 3
-RX, TX, EVENT = 0, 1, 2
-REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
-RCV, SEND, BOTH = 1, 2, 3
-GUEST_PORT, PORT = 4000, 52
-TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Packet:
-    """A packet; as the guest sends it unless told otherwise."""
-
-    op: int
-    data: bytes = b""
-    flags: int = 0
-    host_port: int = PORT
-    guest_port: int = GUEST_PORT
-    buf_alloc: int = 1 << 20
-    fwd_cnt: int = 0
-    src_cid: int = CID
-    dst_cid: int = 2
-    kind: int = 1
-    size: int | None = None
-
-    def pack(self) -> bytes:
-        size = len(self.data) if self.size is None else self.size
-        return (
-            HEADER.pack(
-                self.src_cid,
-                self.dst_cid,
-                self.guest_port,
-                self.host_port,
-                size,
-                self.kind,
-                self.op,
-                self.flags,
-                self.buf_alloc,
-                self.fwd_cnt,
-            )
-            + self.data
-        )
-
-    @staticmethod
-    def from_device(raw: bytes) -> "Packet":
-        src, dst, host_port, guest_port, size, kind, op, flags, buf_alloc, fwd_cnt = HEADER.unpack_from(raw)
-        data = raw[HEADER.size :]
-        assert len(data) == size
-        return Packet(op, data, flags, host_port, guest_port, buf_alloc, fwd_cnt, src, dst, kind)
+from kvmkit.testing.vsock import (
+    BOTH,
+    CID,
+    CREDIT_REQUEST,
+    CREDIT_UPDATE,
+    EVENT,
+    GUEST_PORT,
+    PORT,
+    RCV,
+    REQUEST,
+    RESPONSE,
+    RST,
+    RW,
+    RX,
+    SEND,
+    SHUTDOWN,
+    TIMEOUT_S,
+    TX,
+    Packet,
+    client,
+    listening,
+)
 
 
 class Guest:
@@ -165,24 +139,6 @@ def server(path: Path) -> Iterator[socket.socket]:
     """A program of the host that listens at `PORT`."""
     with listening(path, PORT) as sock:
         yield sock
-
-
-def listening(path: Path, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(f"{path}_{port}")
-    sock.listen()
-    sock.settimeout(TIMEOUT_S)
-    return sock
-
-
-def client(path: Path, line: bytes = b"") -> socket.socket:
-    """A program of the host that connects to the device."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(TIMEOUT_S)
-    sock.connect(str(path))
-    if line:
-        sock.sendall(line)
-    return sock
 
 
 def accepted(guest: Guest, server: socket.socket, **fields: int) -> socket.socket:
@@ -1015,62 +971,6 @@ def test_a_stream_both_ways(device: Vsock, server: socket.socket, buffer_bytes: 
     sock.close()
 
 
-def random_packet(rng: random.Random, host_ports: list[int]) -> Packet:
-    """A packet that is often almost right."""
-    return Packet(
-        rng.choice(
-            [REQUEST, RW, RW, RW, RW, SHUTDOWN, RST, CREDIT_UPDATE, CREDIT_REQUEST, rng.randrange(1 << 16)]
-        ),
-        rng.randbytes(rng.choice([0, 1, 100, 5000, 65536])),
-        rng.choice([0, 1, 2, 3, rng.getrandbits(32)]),
-        rng.choice([PORT, PORT, PORT, *host_ports, rng.getrandbits(32)]),
-        rng.choice([1, 2, 3, GUEST_PORT]),
-        rng.choice([0, 100, 1 << 20, rng.getrandbits(32)]),
-        rng.choice([0, 0, rng.getrandbits(32)]),
-        rng.choice([*20 * [CID], rng.getrandbits(64)]),
-        rng.choice([*20 * [2], rng.getrandbits(64)]),
-        rng.choice([*20 * [1], 2]),
-        rng.choice([None, None, None, None, None, rng.getrandbits(32)]),
-    )
-
-
-def mutate_and_feed(rng: random.Random, driver: Driver) -> None:
-    """For the fuzzer of all devices: one step of a hostile guest. The device is a `Vsock`, its socket may be used meanwhile."""
-    device = driver.device
-    assert isinstance(device, Vsock)
-    for queue in RX, TX, EVENT:
-        driver.used(queue)
-    if driver.broken:
-        driver.reset()
-        driver.activate()
-    for _ in range(rng.randrange(4)):
-        if driver.rings[RX].free:
-            size = rng.choice(
-                [4096, 4096, 65536, 100, 45, rng.randrange(1, 50)] if rng.random() < 0.1 else [4096]
-            )
-            driver.add(RX, in_=[size])
-    ports = [c.host_port for c in list(device._all)]
-    for _ in range(rng.randrange(1, 5)):
-        raw = bytearray(random_packet(rng, ports).pack())
-        for _ in range(rng.choice([0, 0, 0, 1, 8])):
-            raw[rng.randrange(len(raw))] = rng.randrange(256)
-        if rng.random() < 0.05:
-            del raw[rng.randrange(1, len(raw)) :]
-        cuts = sorted(
-            {rng.randrange(1, len(raw)) for _ in range(rng.choice([0, 0, 1, 3]))} if len(raw) > 1 else set()
-        )
-        pieces = [bytes(raw[a:b]) for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-        if len(driver.rings[TX].free) > len(pieces):
-            driver.add(TX, out=pieces, indirect=rng.random() < 0.3)
-    if rng.random() < 0.05:
-        device.transport_reset()
-    if rng.random() < 0.05 and driver.rings[EVENT].free:
-        driver.add(EVENT, in_=[rng.choice([4, 8, 8, 1])])
-        driver.kick(EVENT)
-    driver.kick(rng.choice([RX, TX]))
-    driver.kick(TX)
-
-
 class Watched(Vsock):
     """Tells failures that aren't the guest's apart."""
 
@@ -1224,35 +1124,6 @@ def hostile_setting(stack: ExitStack, path: Path) -> tuple[Watched, socket.socke
     stack.callback(os.unlink, f"{path}_{PORT}")
     server.setblocking(False)
     return Watched(CID, path), server
-
-
-class Host:
-    """Programs of the host that do this and that, without waiting."""
-
-    def __init__(self, stack: ExitStack, server: socket.socket, path: Path, rng: random.Random) -> None:
-        self.stack, self.server, self.path, self.rng = stack, server, path, rng
-        self.sockets: list[socket.socket] = []
-
-    def act(self, what: int) -> None:
-        with suppress(OSError):
-            if what == 0:
-                line = self.rng.choice([b"CONNECT 1\n", b"CONNECT 4000\nhi", b"C"])
-                self.sockets.append(self.stack.enter_context(client(self.path, line)))
-            elif what == 1:
-                self.sockets.append(self.stack.enter_context(self.server.accept()[0]))
-            elif self.sockets:
-                self.use(self.rng.choice(self.sockets), what)
-
-    def use(self, sock: socket.socket, what: int) -> None:
-        sock.setblocking(False)
-        if what == 2:
-            sock.send(bytes(self.rng.choice([1, 5000, 100_000])))
-        elif what == 3:
-            sock.recv(self.rng.choice([1, 100_000]))
-        elif what == 4:
-            sock.shutdown(self.rng.choice([socket.SHUT_RD, socket.SHUT_WR]))
-        else:
-            sock.close()
 
 
 def still_works(guest: Guest, path: Path, host: Host) -> None:

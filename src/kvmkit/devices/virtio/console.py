@@ -28,6 +28,8 @@ CONTROL = struct.Struct("<IHH")
 """virtio_console_control: port, event, value."""
 
 INPUT_BYTES = 64 << 10
+OUTPUT_BYTES = 64 << 10
+"""Given to `Port.output` at once: a chain may have all of the guest's memory many times over."""
 MAX_PORTS = 31
 _QUEUE_SIZE = 128
 _CONTROL_RX, _CONTROL_TX = 2, 3
@@ -123,7 +125,10 @@ class Console(VirtioDevice):
         elif queue.index % 2:
             port = self.ports[_port_of(queue.index)]
             for chain in queue:
-                port.output(chain.read())
+                for at in range(0, chain.readable_bytes, OUTPUT_BYTES):
+                    port.output(chain.read(at, OUTPUT_BYTES))
+                    if not self.active:
+                        return
                 queue.push(chain, 0)
             self.signal(queue)
         else:

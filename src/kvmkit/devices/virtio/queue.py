@@ -23,6 +23,9 @@ _AVAIL_F_NO_INTERRUPT = 1
 MAX_INDIRECT = 1024
 """Descriptors in an indirect table: more than Linux makes for any device."""
 
+MAX_CHAIN_BYTES = 1 << 32
+"""Of all buffers of a chain together (section 2.7.5). They may overlap, so that guest memory is no limit."""
+
 
 class QueueError(Exception):
     """The guest broke a queue. The device needs a reset (virtio 1.2, section 2.1.2)."""
@@ -208,9 +211,13 @@ class Queue:
                 continue
             self._add(chain, gpa, length, bool(flags & _F_WRITE))
             if not flags & _F_NEXT:
-                return chain
+                break
             i = following
-        raise QueueError(f"queue {self.index}: a chain that doesn't end")
+        else:
+            raise QueueError(f"queue {self.index}: a chain that doesn't end")
+        if chain.readable_bytes + chain.writable_bytes > MAX_CHAIN_BYTES:
+            raise QueueError(f"queue {self.index}: a chain of more than {MAX_CHAIN_BYTES} bytes")
+        return chain
 
     def _indirect(self, gpa: int, length: int) -> bytes:
         if not length or length % 16 or length > 16 * MAX_INDIRECT:
