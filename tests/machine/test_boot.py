@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmkit.kvm import GuestMemory, MemoryMap
+from kvmkit.machine.errors import KernelError
 from kvmkit.machine.x86 import bzimage, elf, layout
 from kvmkit.machine.x86.boot import load_linux
-from kvmkit.machine.x86.errors import KernelError
 
 MIB = 1 << 20
 MEMORY = 64 * MIB

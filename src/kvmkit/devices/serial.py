@@ -46,7 +46,7 @@ class Serial:
         """
         self._irq = irq
         self._lock = threading.RLock()
-        self._output = _Batches(write, delay_s, self._lock)
+        self._output = Batches(write, delay_s, self._lock)
         self._room = threading.Condition(self._lock)
         self._closed = False
         self._line = 0
@@ -254,7 +254,7 @@ class Serial:
             self._irq(line)
 
 
-class _Batches:
+class Batches:
     """Collects bytes and passes them on together. Used with `lock` held: what comes later stays behind."""
 
     def __init__(self, write: Callable[[bytes], None], delay_s: float | None, lock: threading.RLock) -> None:

@@ -18,8 +18,8 @@ from random import Random
 from kvmkit.kvm import GuestMemory, Kvm, MemoryMap, Vcpu, Vm
 from kvmkit.kvm.exits import Exit, Intr, Io, Mmio
 from kvmkit.kvm.modes import descriptor, set_long_mode, set_protected_mode, set_real_mode
+from kvmkit.machine.errors import KernelError
 from kvmkit.machine.x86.boot import Protocol, load_linux
-from kvmkit.machine.x86.errors import KernelError
 from kvmkit.testing.hostile_code import (
     REGISTERS,
     access_code,

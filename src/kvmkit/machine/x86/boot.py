@@ -6,16 +6,16 @@ the guest's random numbers.
 """
 
 import os
-import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from kvmkit.kvm import MemoryMap
+from kvmkit.machine.errors import KernelError
+from kvmkit.machine.kernel_file import KernelFile
 from kvmkit.machine.x86 import bzimage, elf, layout
-from kvmkit.machine.x86.errors import KernelError
 
 Protocol = Literal["linux64", "pvh"]
 
@@ -52,45 +52,6 @@ class _Loaded:
     """The setup header for the zero page, from 0x1f1."""
 
 
-class _File:
-    """A file of a user's, open. It is read out of order and its size is needed, so nothing but a regular file will do."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
-        # Opening a FIFO would else wait for whoever writes it.
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._fd)
-            raise KernelError(
-                f"{path}: no regular file (a directory, pipe or device): give a file, or copy it to one"
-            )
-        self.size_bytes = status.st_size
-
-    def read(self, offset: int, size_bytes: int) -> bytes:
-        return os.pread(self._fd, size_bytes, offset)
-
-    def load(self, memory: MemoryMap, gpa: int, offset: int, size_bytes: int) -> None:
-        """Read into guest memory, which the caller has checked to be there."""
-        block, at = memory.find(gpa, size_bytes)
-        os.lseek(block.fd, at, os.SEEK_SET)
-        end = offset + size_bytes
-        while (
-            offset < end
-        ):  # from file to memfd: reading into our mapping would take its page faults in addition
-            n = os.sendfile(block.fd, self._fd, offset, end - offset)
-            if n == 0:
-                raise KernelError(f"{self.name}: ends at byte {offset}, sooner than it did a moment ago")
-            offset += n
-        memory.written(gpa, size_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
 def load_linux(
     memory: MemoryMap,
     memory_bytes: int,
@@ -105,7 +66,7 @@ def load_linux(
     `KernelError` names what is wrong with them; `OSError` comes from reading.
     """
     low_end = layout.ram(memory_bytes)[0][1]
-    with _File(kernel) as file:
+    with KernelFile(kernel) as file:
         if file.read(0, 4) == elf.MAGIC:
             loaded = _load_elf(memory, low_end, file, protocol)
         elif protocol == "pvh":
@@ -133,7 +94,7 @@ def load_linux(
     return Entry("linux64", loaded.ip, layout.ZERO_PAGE)
 
 
-def _load_bzimage(memory: MemoryMap, low_end: int, file: _File) -> _Loaded:
+def _load_bzimage(memory: MemoryMap, low_end: int, file: KernelFile) -> _Loaded:
     if file.size_bytes > _MAX_BZIMAGE_BYTES:
         raise KernelError(f"{file.name}: {file.size_bytes} bytes: no kernel is that large")
     header = bzimage.parse(file.read(0, 4096), file.name, file.size_bytes)
@@ -151,7 +112,7 @@ def _load_bzimage(memory: MemoryMap, low_end: int, file: _File) -> _Loaded:
     return _Loaded(start + 0x200, end, header.initrd_addr_max, header.cmdline_size, header.raw)
 
 
-def _load_elf(memory: MemoryMap, low_end: int, file: _File, protocol: Protocol) -> _Loaded:
+def _load_elf(memory: MemoryMap, low_end: int, file: KernelFile, protocol: Protocol) -> _Loaded:
     kernel = elf.parse(file.read, file.size_bytes, file.name)
     ip = kernel.entry
     if protocol == "pvh":
@@ -191,7 +152,7 @@ def _load_initrd(
         address = _place_initrd("the initramfs", len(initrd), low_end, loaded)
         memory.write(address, initrd)
         return address, len(initrd)
-    with _File(initrd) as file:
+    with KernelFile(initrd) as file:
         address = _place_initrd(file.name, file.size_bytes, low_end, loaded)
         file.load(memory, address, 0, file.size_bytes)
         return address, file.size_bytes

@@ -7,7 +7,7 @@
 import struct
 from dataclasses import dataclass
 
-from kvmkit.machine.x86.errors import KernelError
+from kvmkit.machine.errors import KernelError
 
 HEADER_OFFSET = 0x1F1
 _HEADER_END = 0x268  # of protocol 2.12; later fields follow, as far as the jump at 0x200 says

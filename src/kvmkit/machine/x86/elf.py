@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvmkit.machine.x86.errors import KernelError
+from kvmkit.machine.errors import KernelError
 
 MAGIC = b"\x7fELF"
 
