@@ -482,7 +482,7 @@ class _Hostile:
         """One random KVM_SET_*."""
         r = self.random
         vcpu = self.vcpu
-        match r.randrange(10):
+        match r.randrange(11):
             case 0:
                 regs = vcpu.get_regs()
                 setattr(regs, r.choice((*REGISTERS, "rip", "rflags", "rsp")), self.pointer())
@@ -492,12 +492,14 @@ class _Hostile:
                 self.attempt(lambda: vcpu.set_fpu(fpu))
             case 2:
                 image = bytearray(r.randbytes(4096))
-                image[512:576] = r.choice((7, 3, 0, r.getrandbits(64))).to_bytes(8, "little") + bytes(56)
+                image[512:576] = r.choice((0xE7, 7, 3, 0, r.getrandbits(64))).to_bytes(8, "little") + bytes(
+                    56
+                )
                 image[24:28] = r.choice((0x1F80, r.getrandbits(16), r.getrandbits(32))).to_bytes(4, "little")
                 self.attempt(lambda: vcpu.set_xsave(bytes(image)))
             case 3:
                 xcrs = x.kvm_xcrs(nr_xcrs=1)
-                xcrs.xcrs[0].value = r.choice((1, 3, 7, r.getrandbits(64)))
+                xcrs.xcrs[0].value = r.choice((1, 3, 7, 0xE7, r.getrandbits(64)))
                 self.attempt(lambda: vcpu.set_xcrs(xcrs))
             case 4:
                 index = r.choice(
@@ -528,6 +530,12 @@ class _Hostile:
             case 8:
                 address = self.pointer()
                 self.attempt(lambda: vcpu.translate(address))
+            case 9:
+                control = r.choice((0, 1 | 2, 1 | 1 << 16, 1 | 1 << 17, 1 << 18, 1 << 19, r.getrandbits(21)))
+                guest_debug = x.kvm_guest_debug(control=control)
+                guest_debug.arch.debugreg[:] = [self.pointer() for _ in range(8)]
+                guest_debug.arch.debugreg[7] = r.getrandbits(32)
+                self.attempt(lambda: vcpu.set_guest_debug(guest_debug))
             case _:
                 self.attempt(lambda: vcpu.set_mp_state(r.choice((0, 0, 0, r.randrange(6)))))
 

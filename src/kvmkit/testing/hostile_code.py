@@ -196,7 +196,7 @@ def control_code(r: Random, bits: int, count: int, pointer: Callable[[], int]) -
                 out += bytes([0x8E, 0xC0 | r.randrange(6) << 3])
             case 8:
                 out += (
-                    _load(r, bits, 0, r.choice((7, 3, 1, value)))
+                    _load(r, bits, 0, r.choice((7, 0xE7, 3, 1, value)))
                     + _load(r, bits, 2, 0)
                     + _load(r, bits, 1, 0)
                 )
@@ -204,6 +204,19 @@ def control_code(r: Random, bits: int, count: int, pointer: Callable[[], int]) -
             case 9:
                 out += r.choice(
                     (b"\x0f\x05", b"\x0f\x07", b"\x48\x0f\x07", b"\x0f\x34", b"\x0f\x35", b"\x0f\x01\xf8")
+                )
+            case 10 if r.random() < 0.3:
+                # XSAVES, XRSTORS, XSAVEC, INVPCID, FXSAVE, a call gate or task by [rdi].
+                out += _load(r, bits, 7, pointer() & r.choice((-1, -64))) + r.choice(
+                    (
+                        b"\x0f\xc7\x2f",
+                        b"\x0f\xc7\x1f",
+                        b"\x0f\xc7\x27",
+                        b"\x66\x0f\x38\x82\x07",
+                        b"\x0f\xae\x07",
+                        b"\xff\x1f",
+                        b"\xff\x2f",
+                    )
                 )
             case 10:
                 out += r.choice(
