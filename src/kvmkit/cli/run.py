@@ -32,6 +32,7 @@ EXIT_OUTPUT_CLOSED = 141
 """128 + SIGPIPE, as a shell reports it."""
 
 _END_S = 2.0
+_LONG_S = 20.0
 
 _FILE = click.Path(exists=True, dir_okay=False, resolve_path=True)
 _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
@@ -208,7 +209,7 @@ def _run(
             click.echo(f"engine: {vm.engine} ({vm.engine_reason})\ncommand line: {vm.cmdline}", err=True)
         image = vm.image
         try:
-            vm.wait_ready(_left(deadline, 3600.0))
+            _wait_ready(vm, deadline)
             for warning in vm.warnings:
                 click.echo(f"kvmkit: in the guest: {warning}", err=True)
             status = run_in(
@@ -233,6 +234,20 @@ def _run(
     if verbose:
         follower.print_timeline(vm.timeline)
     return status
+
+
+def _wait_ready(vm: Machine, deadline: float | None) -> None:
+    """Wait for the agent; say on a terminal that it takes long."""
+    try:
+        vm.wait_ready(min(_LONG_S, _left(deadline, _LONG_S)))
+    except VmTimeout:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise
+        if os.isatty(2):
+            click.echo(
+                "The guest still boots; kvmkit run --verbose shows what it does. Ctrl-C ends it.", err=True
+            )
+        vm.wait_ready(_left(deadline, 3600.0))
 
 
 def _end(vm: Machine) -> End | None:

@@ -276,7 +276,7 @@ class Machine(VmProcess):
         """Close; disks that outlive the machine are written back before, if nothing failed."""
         lasting = any(not disk.read_only and not disk.temporary for disk in self.config.disks)
         try:
-            if kind is None and lasting and not self.config.detached:
+            if kind is None and lasting and not self.config.detached and not self.killed:
                 self.stop()
         finally:
             self.close()

@@ -71,6 +71,8 @@ class VmProcess:
         """What happened so far, "progress" apart, oldest first; the first is "spawned"."""
         self.directory: VmDirectory | None = None
         """Where its sockets are."""
+        self.killed = False
+        """Whether `kill` was called."""
         self._on_event = on_event
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: MessageSocket | None = None
@@ -211,6 +213,7 @@ class VmProcess:
 
     def kill(self) -> None:
         """End the VM process at once, and wait until it is gone. Does nothing if it is."""
+        self.killed = True
         if self._process is not None:
             self._process.kill()
             self._process.wait()
