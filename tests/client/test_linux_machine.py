@@ -255,3 +255,14 @@ def test_the_engine_is_one_that_runs_linux(vm: Machine) -> None:
 
     with kvmkit.kvm.open(vm.engine) as system:
         assert vm.engine == "soft" or supervisor_mips(system) >= SLOW_MIPS
+
+
+def test_statistics(vm: Machine) -> None:
+    before = vm.stats()
+    vm.run(["true"])
+    after = vm.stats()
+    assert len(after["vcpus"]) == 1
+    if before["vcpus"][0]:  # an engine that counts
+        assert sum(v for v in after["vcpus"][0].values() if isinstance(v, int)) > sum(
+            v for v in before["vcpus"][0].values() if isinstance(v, int)
+        )

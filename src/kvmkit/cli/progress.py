@@ -2,11 +2,30 @@
 
 import os
 import time
-from typing import ClassVar
+from collections import Counter
+from typing import Any, ClassVar
 
 import click
 
 from kvmkit.client import Event
+
+
+def print_stats(stats: dict[str, Any]) -> None:
+    """Print KVM's statistics that aren't zero, those of all vCPUs together; histograms as their sums."""
+
+    def number(value: int | list[int]) -> int:
+        return sum(value) if isinstance(value, list) else value
+
+    total = Counter({name: number(value) for name, value in stats["vm"].items()})
+    for vcpu in stats["vcpus"]:
+        total.update({name: number(value) for name, value in vcpu.items()})
+    if not total:
+        click.echo("statistics: this engine has none (KVM_CAP_BINARY_STATS_FD)", err=True)
+        return
+    click.echo("statistics:", err=True)
+    for name, value in sorted(total.items()):
+        if value:
+            click.echo(f"{value:16,}  {name}", err=True)
 
 
 class Follower:

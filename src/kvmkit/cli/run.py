@@ -20,7 +20,7 @@ from kvmkit.cli.arguments import (
     ShareArgument,
     environment_options,
 )
-from kvmkit.cli.progress import Follower
+from kvmkit.cli.progress import Follower, print_stats
 from kvmkit.cli.session import run_in
 from kvmkit.cli.terminal import EscapeFilter, following_size, raw_terminal
 from kvmkit.client import Disk, End, Machine, MachineConfig, Share
@@ -85,6 +85,11 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
 )
 @click.option("--append", help="Added to the kernel's command line.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds until it is ended.")
+@click.option(
+    "--stats",
+    is_flag=True,
+    help="Show what the engine counted (on stderr): exits, translations, TLB misses, ...",
+)
 @click.option("--verbose", is_flag=True, help="Show the kernel's log and a time line (on stderr).")
 def run(
     root: str | None,
@@ -97,6 +102,7 @@ def run(
     detach: bool,
     config: str | None,
     timeout: float | None,
+    stats: bool,
     verbose: bool,
     command: tuple[str, ...],
     **given: Any,
@@ -148,6 +154,8 @@ def run(
                 raise click.UsageError(
                     "an initrd is a system of your own, in which kvmkit can't run a command"
                 )
+            if stats:
+                raise click.UsageError("--stats goes with a command, which ends before the guest does")
             status = _console(dataclasses.replace(machine, agent=False), follower, deadline, verbose)
         elif detach:
             status = _detach(machine, command, dict(env), follower)
@@ -161,6 +169,7 @@ def run(
                 follower=follower,
                 deadline=deadline,
                 verbose=verbose,
+                stats=stats,
             )
     except VmTimeout:
         click.echo(f"kvmkit: the guest still ran after {timeout:g} s", err=True)
@@ -195,6 +204,7 @@ def _run(
     follower: Follower,
     deadline: float | None,
     verbose: bool,
+    stats: bool,
 ) -> int:
     """Run the command through the agent."""
     output_fd = 2 if verbose else None
@@ -229,6 +239,8 @@ def _run(
                 return 0
             shown = verbose or (output_fd is not None and any(event.name == "init" for event in vm.timeline))
             return _status(end, unfinished=bool(command), shown=shown)
+        if stats:
+            print_stats(vm.stats())
         if any(not disk.read_only and not disk.temporary for disk in config.disks):
             vm.stop()  # so that what the guest has written is on them
     if verbose:

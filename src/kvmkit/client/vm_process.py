@@ -29,12 +29,13 @@ _EVENTS: dict[str, dict[str, type]] = {
     "init": {},
     "agent": {"warnings": list},
     "exit": {"status": int},
+    "stats": {"vm": dict, "vcpus": list},
     "ended": {"reason": str, "detail": str, "console_tail": str},
     "error": {"message": str},
 }
 """Events of a VM process (`kvmkit.vmm.control` says what they mean) and what they carry."""
 
-_REPEATED = {"progress", "refused"}
+_REPEATED = {"progress", "refused", "stats"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class VmProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: MessageSocket | None = None
         self._end: End | None = None
+        self._stats: dict[str, Any] | None = None
         self._detached = False
         self._reading = threading.RLock()
 
@@ -192,9 +194,26 @@ class VmProcess:
 
     def wait_for(self, name: str, deadline: float | None) -> None:
         """Wait until event `name` or the end has come. `VmTimeout` after `deadline`, of time.monotonic; `VmError`."""
-        while not self._has(name) and self._end is None:
+        self._read_until(lambda: self._has(name) or self._end is not None, deadline)
+
+    def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Return KVM's statistics now: ``vm``, name → number, and ``vcpus``, a list of such.
+
+        A histogram is a list of numbers. Both are empty on an engine that has none (KVM_CAP_BINARY_STATS_FD). `VmError` if it ended.
+        """
+        self._stats = None
+        self._send({"request": "stats"})
+        self._read_until(
+            lambda: self._stats is not None or self._end is not None, time.monotonic() + timeout_s
+        )
+        if self._stats is None:
+            raise VmError("the machine has ended: there are no statistics of it any more")
+        return self._stats
+
+    def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
+        while not done():
             with self._reading:  # by turns, if several threads wait
-                if self._has(name) or self._end is not None:
+                if done():
                     return
                 turn = time.monotonic() + _TURN_S
                 try:
@@ -262,6 +281,8 @@ class VmProcess:
             raise VmError(f"the VM process sent what it mustn't, and was killed: {error}") from None
         self._add(event)
         match event:
+            case Event("stats", details=details):
+                self._stats = details
             case Event("error"):
                 raise VmError(event.details["message"])
             case Event("ended", details=details):

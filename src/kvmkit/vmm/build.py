@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmkit.kvm import Kvm, Vcpu
+from kvmkit.kvm import Kvm, Vcpu, Vm
 from kvmkit.machine import modules
 from kvmkit.machine.guest import DefaultGuest, console_command, fetch_default_guest
 from kvmkit.machine.x86.board import X86Board
@@ -28,6 +28,7 @@ _INPUT_FULL_S = 0.02
 class Booted:
     """A VM whose first vCPU stands at the kernel's entry."""
 
+    vm: Vm
     vcpus: Sequence[Vcpu]
     bus: Bus
     console_input: Callable[[bytes], None]
@@ -126,10 +127,10 @@ def build(
             with closing(board):
                 board.load_linux(kernel, initrd, cmdline)
                 if devices.console is None:
-                    yield Booted(board.vcpus, board, board.serial_input, lambda *_: None, cmdline)
+                    yield Booted(vm, board.vcpus, board, board.serial_input, lambda *_: None, cmdline)
                 else:
                     console_input = partial(_send_all, devices.console)
-                    yield Booted(board.vcpus, board, console_input, devices.console.resize, cmdline)
+                    yield Booted(vm, board.vcpus, board, console_input, devices.console.resize, cmdline)
 
 
 def _send_all(port: "Port", data: bytes) -> None:

@@ -12,6 +12,7 @@ Events, in order where they come at all, each once but the first two:
 - ``init``: the default guest's init runs;
 - ``agent``: the agent in the guest can be reached, on vsock port 1024; `warnings` of what went wrong before;
 - ``exit``: the command on the console ended; `status`;
+- ``stats``: an answer, to all clients: KVM's statistics of the `vm` and of each of the `vcpus`, by name;
 - ``ended``: the VM is gone; `reason` (a value of `kvmkit.vmm.ending.Reason`), `detail`, `console_tail`;
 - ``error``: instead of ``ended``: `message` for people.
 """
@@ -46,7 +47,7 @@ class Control:
         """Send an event with the time now. A client that is gone is no error: reading notices it."""
         message = {"event": event, "t_ns": time.monotonic_ns(), **details}
         with self._lock:
-            if event not in ("progress", "refused"):
+            if event not in ("progress", "refused", "stats"):
                 self._events.append(message)
             with suppress(BrokenPipeError, ConnectionResetError):
                 self._messages.send(message)

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kvmkit import kvm
+from kvmkit.kvm import Vcpu, Vm
 from kvmkit.kvm.probe import choose_engine
+from kvmkit.kvm.stats import read_stats
 from kvmkit.runtime import VmDirectory
 from kvmkit.vmm import agent
 from kvmkit.vmm.build import Booted, build
@@ -138,6 +140,7 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
             lambda text: control.send("progress", text=text),
         ) as vm:
             requests.resize = vm.resize_console
+            requests.send_stats = lambda: control.send("stats", **statistics(vm))
             if directory is not None:
                 socket_.typed = vm.console_input
                 agent.listen(directory.vsock, lambda warnings: control.send("agent", warnings=warnings))
@@ -154,6 +157,23 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
     if directory is not None and config.detached:
         directory.write("end.json", {"reason": reason, "detail": ending.detail, "status": status})
     control.send("ended", reason=reason, detail=ending.detail, console_tail=tail)
+
+
+def statistics(vm: Booted) -> dict[str, Any]:
+    """KVM's binary statistics of the VM and of each vCPU: name → value, or a histogram's values. Empty if the engine has none."""
+
+    def of(descriptor: Vm | Vcpu) -> dict[str, Any]:
+        try:
+            fd = descriptor.get_stats_fd()
+        except OSError:
+            return {}
+        try:
+            stats = read_stats(fd).stats.values()
+        finally:
+            os.close(fd)
+        return {stat.name: stat.values[0] if len(stat.values) == 1 else stat.values for stat in stats}
+
+    return {"vm": of(vm.vm), "vcpus": [of(vcpu) for vcpu in vm.vcpus]}
 
 
 def _about(config: VmConfig, engine: str) -> dict[str, Any]:
@@ -219,11 +239,16 @@ class _Requests:
         self._stop = stop
         self.resize: Callable[[int, int], None] = lambda *_: None
         """Set once there is a console."""
+        self.send_stats: Callable[[], None] | None = None
+        """Set once there is a VM."""
 
     def __call__(self, message: dict[str, Any]) -> str | None:
         """Carry out a request; return what is wrong with it."""
         if message == {"request": "stop"}:
             self.end("asked for")
+            return None
+        if message == {"request": "stats"} and self.send_stats is not None:
+            self.send_stats()
             return None
         if message.keys() == {"request", "rows", "cols"} and message["request"] == "resize":
             rows, cols = message["rows"], message["cols"]
