@@ -1,6 +1,6 @@
 import pytest
 
-from kvmkit.devices.acpi_pm import AcpiPm
+from kvmkit.devices.acpi_pm import AcpiPm, PmTimer
 from kvmkit.devices.bus import Bus
 from kvmkit.devices.debug_exit import DebugExit
 from kvmkit.devices.i8042 import I8042
@@ -63,3 +63,16 @@ def test_acpi_s5() -> None:
     assert offs == []
     device.write(4, 2, 5 << 10 | 1 << 13)
     assert offs == ["off"]
+
+
+def test_pm_timer() -> None:
+    now_ns = 0
+    device = Bus()
+    device.register(0, 4, PmTimer(lambda: now_ns))
+    assert device.read(0, 4) == 0
+    now_ns = 1_000_000_000
+    assert device.read(0, 4) == 3_579_545
+    assert device.read(1, 1) == 3_579_545 >> 8 & 0xFF
+    now_ns = 5_000_000_000  # it has turned over once
+    device.write(0, 4, 0)
+    assert device.read(0, 4) == 5 * 3_579_545 - (1 << 24)

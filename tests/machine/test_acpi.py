@@ -45,6 +45,9 @@ def test_tables_hang_together() -> None:
     assert len(fadt) == 276
     assert struct.unpack_from("<H", fadt, 46) == (9,)
     assert struct.unpack_from("<I", fadt, 48) == (0,)  # no SMI command: always in ACPI mode
+    assert struct.unpack_from("<I", fadt, 76) == (0x608,) and fadt[91] == 4  # PM_TMR_BLK, PM_TMR_LEN
+    assert fadt[208:220] == struct.pack("<BBBBQ", 1, 32, 0, 3, 0x608)  # X_PM_TMR_BLK
+    assert struct.unpack_from("<I", fadt, 112)[0] & 1 << 8 == 0  # TMR_VAL_EXT: of 24 bits
     assert fadt[116:129] == struct.pack("<BBBBQB", 1, 8, 0, 1, 0xCF9, 0x06)
 
 

@@ -15,7 +15,7 @@ MAX_CPUS = 254
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")
 _OEM_ID, _OEM_TABLE_ID, _CREATOR_ID = b"KVMKIT", b"KVMKITPC", b"KVMK"
 
-_SYSTEM_IO, _BYTE_ACCESS, _WORD_ACCESS = 1, 1, 2
+_SYSTEM_IO, _BYTE_ACCESS, _WORD_ACCESS, _DWORD_ACCESS = 1, 1, 2, 3
 
 # FADT flags.
 _WBINVD, _PROC_C1, _PWR_BUTTON, _SLP_BUTTON, _FIX_RTC, _RESET_REG_SUP = (1 << n for n in (0, 2, 4, 5, 6, 10))
@@ -76,15 +76,18 @@ def _address(port: int, length: int, access: int) -> bytes:
 
 def _fadt(facs: int, dsdt: int) -> bytes:
     event, control = layout.ACPI_PM, layout.ACPI_PM + acpi_pm.PM1_EVT_BYTES
+    timer = layout.ACPI_PM_TIMER
     none = bytes(12)
     body = b"".join(
         (
             # FIRMWARE_CTRL DSDT - Preferred_PM_Profile SCI_INT SMI_CMD ACPI_ENABLE ACPI_DISABLE S4BIOS_REQ PSTATE_CNT
             struct.pack("<IIBBHIBBBB", facs, dsdt, 0, 0, layout.SCI_IRQ, 0, 0, 0, 0, 0),
             # PM1a_EVT PM1b_EVT PM1a_CNT PM1b_CNT PM2_CNT PM_TMR GPE0 GPE1
-            struct.pack("<8I", event, 0, control, 0, 0, 0, 0, 0),
+            struct.pack("<8I", event, 0, control, 0, 0, timer, 0, 0),
             # the lengths of PM1_EVT PM1_CNT PM2_CNT PM_TMR GPE0 GPE1, GPE1_BASE, CST_CNT
-            struct.pack("<8B", acpi_pm.PM1_EVT_BYTES, acpi_pm.PM1_CNT_BYTES, 0, 0, 0, 0, 0, 0),
+            struct.pack(
+                "<8B", acpi_pm.PM1_EVT_BYTES, acpi_pm.PM1_CNT_BYTES, 0, acpi_pm.PM_TMR_BYTES, 0, 0, 0, 0
+            ),
             # P_LVL2_LAT P_LVL3_LAT (neither there) FLUSH_SIZE FLUSH_STRIDE DUTY_OFFSET DUTY_WIDTH DAY_ALRM MON_ALRM CENTURY
             struct.pack("<4H5B", 0xFFF, 0xFFF, 0, 0, 0, 0, 0, 0, rtc.CENTURY),
             struct.pack("<HB", _LEGACY_DEVICES | _VGA_NOT_PRESENT | _NO_ASPM, 0),
@@ -95,7 +98,9 @@ def _fadt(facs: int, dsdt: int) -> bytes:
             _address(event, acpi_pm.PM1_EVT_BYTES, _WORD_ACCESS),
             none,
             _address(control, acpi_pm.PM1_CNT_BYTES, _WORD_ACCESS),
-            none * 7,  # X_PM1b_CNT X_PM2_CNT X_PM_TMR X_GPE0 X_GPE1 SLEEP_CONTROL SLEEP_STATUS
+            none * 2,  # X_PM1b_CNT X_PM2_CNT
+            _address(timer, acpi_pm.PM_TMR_BYTES, _DWORD_ACCESS),
+            none * 4,  # X_GPE0 X_GPE1 SLEEP_CONTROL SLEEP_STATUS
             b"KVMKIT\0\0",  # Hypervisor Vendor Identity
         )
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from kvmkit.devices.acpi_pm import PM1_CNT_BYTES, PM1_EVT_BYTES, AcpiPm
+from kvmkit.devices.acpi_pm import PM1_CNT_BYTES, PM1_EVT_BYTES, PM_TMR_BYTES, AcpiPm, PmTimer
 from kvmkit.devices.bus import Buses
 from kvmkit.devices.debug_exit import DebugExit
 from kvmkit.devices.i8042 import I8042
@@ -88,6 +88,7 @@ class X86Board:
         ports.register(layout.I8042_COMMAND, 1, I8042(on_reset))
         ports.register(layout.DEBUG_EXIT, 4, DebugExit(on_exit_code))
         ports.register(layout.ACPI_PM, PM1_EVT_BYTES + PM1_CNT_BYTES, AcpiPm(on_power_off))
+        ports.register(layout.ACPI_PM_TIMER, PM_TMR_BYTES, PmTimer())
         ports.register(layout.PCI_CONFIG, 8, PciConfig(on_reset))
         try:
             _interrupts_and_timers(vm)
