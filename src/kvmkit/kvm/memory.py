@@ -62,6 +62,12 @@ class GuestMemory:
         self._check(offset, len(data))
         self.view[offset : offset + len(data)] = data
 
+    def unmap_page(self, offset: int) -> None:
+        """Have this process's mapping of the page at `offset` forgotten, and with it a VM's; its contents stay as they are."""
+        self._check(offset, PAGE_SIZE)
+        # On shared memory it drops the page table's entry alone, until the next access.
+        self._mmap.madvise(mmap.MADV_DONTNEED, offset, PAGE_SIZE)
+
     def _check(self, offset: int, size_bytes: int) -> None:
         if not (0 <= offset and 0 <= size_bytes <= self.size_bytes - offset):
             raise GuestAddressError(

@@ -14,7 +14,7 @@ from kvmkit.devices.rtc import Rtc
 from kvmkit.devices.serial import Serial
 from kvmkit.devices.virtio.device import VirtioDevice
 from kvmkit.devices.virtio.mmio import VirtioMmio
-from kvmkit.kvm import GuestMemory, Kvm, MemoryMap, Vcpu, Vm, irqchip_route
+from kvmkit.kvm import GuestAddressError, GuestMemory, Kvm, MemoryMap, Vcpu, Vm, irqchip_route
 from kvmkit.kvm.exits import Io, Mmio
 from kvmkit.machine.x86 import acpi, boot, layout
 from kvmkit.machine.x86.cpu_model import cpu_model
@@ -59,10 +59,12 @@ class X86Board:
         on_exit_code: Callable[[int], None],
         devices: Sequence[VirtioDevice] = (),
         cpu: str = "host",
+        testdev: bool = False,
     ) -> None:
         """Build it on `vm`, a new VM of `system`, which stays the caller's. `ValueError` for a size that can't be.
 
         `devices` become the board's to close, if it can be built at all. `cpu` is what the processors can do (`cpu_model`).
+        `testdev` adds what bare-metal test kernels expect (`kvmkit.devices.testdev`, `kvmkit.devices.fw_cfg`).
         """
         if len(devices) > len(layout.VIRTIO_GSIS):
             raise ValueError(
@@ -90,6 +92,8 @@ class X86Board:
         ports.register(layout.ACPI_PM, PM1_EVT_BYTES + PM1_CNT_BYTES, AcpiPm(on_power_off))
         ports.register(layout.ACPI_PM_TIMER, PM_TMR_BYTES, PmTimer())
         ports.register(layout.PCI_CONFIG, 8, PciConfig(on_reset))
+        if testdev:
+            self._add_test_devices(vm, cpus, on_power_off)
         try:
             _interrupts_and_timers(vm)
             for gpa, size_bytes in blocks:
@@ -126,9 +130,17 @@ class X86Board:
         """Load a kernel (see `boot.load_linux`) and set the first processor to its entry; the others wait for a SIPI."""
         entry = boot.load_linux(self.memory, self.memory_bytes, kernel, initrd, cmdline, protocol=protocol)
         if entry.protocol == "pvh":
-            self._enter_pvh(entry)
+            self._enter_protected(entry.ip, ebx=entry.parameters)
         else:
             self._enter_linux64(entry)
+
+    def load_multiboot(self, kernel: str | Path, module: str | Path | None, arguments: str) -> str:
+        """Load a test kernel (see `multiboot.load`) and set the first processor to its entry; return its command line."""
+        from kvmkit.machine.x86 import multiboot
+
+        entry = multiboot.load(self.memory, self.memory_bytes, kernel, module, arguments)
+        self._enter_protected(entry.ip, eax=multiboot.LOADER_MAGIC, ebx=entry.info)
+        return entry.cmdline
 
     def serial_input(self, data: bytes) -> None:
         """Type `data` on the serial port. Returns when the guest has taken nearly all of it, or at `close`."""
@@ -141,6 +153,24 @@ class X86Board:
         for vcpu in self.vcpus:
             vcpu.close()
         self.memory.close()
+
+    def _add_test_devices(self, vm: Vm, cpus: int, on_power_off: Callable[[], None]) -> None:
+        from kvmkit.devices import fw_cfg, testdev
+
+        ports, memory = self._buses.ports, self._buses.memory
+        ports.register(layout.TEST_PORTS, testdev.PORTS, testdev.TestPorts(self._flush))
+        ports.register(layout.TEST_IRQ_LINES, testdev.IRQ_LINES, testdev.IrqLines(vm.irq_line))
+        ports.register(layout.SHUTDOWN, 1, testdev.ShutdownPort(on_power_off))
+        ports.register(layout.FW_CFG, 2, fw_cfg.FwCfg(memory_bytes=self.memory_bytes, cpus=cpus))
+        memory.register(layout.TEST_MEMORY, testdev.MEMORY_BYTES, testdev.ExitMemory())
+
+    def _flush(self, gpa: int) -> None:
+        """Take away the mapping of a page of RAM; of any other there is none."""
+        try:
+            block, offset = self.memory.find(gpa & -layout.PAGE_BYTES, layout.PAGE_BYTES)
+        except GuestAddressError:
+            return
+        block.unmap_page(offset)
 
     def _add_virtio(self, vm: Vm, i: int, device: VirtioDevice) -> None:
         base = layout.VIRTIO_MMIO + i * layout.PAGE_BYTES
@@ -168,14 +198,14 @@ class X86Board:
         stack = layout.BOOT_STACK_TOP
         vcpu.set_regs(x86.kvm_regs(rip=entry.ip, rsi=entry.parameters, rsp=stack, rflags=_RFLAGS_FIXED))
 
-    def _enter_pvh(self, entry: boot.Entry) -> None:
-        """32-bit protected mode, no paging, interrupts off, hvm_start_info in ebx."""
+    def _enter_protected(self, ip: int, *, ebx: int, eax: int = 0) -> None:
+        """32-bit protected mode, flat segments, no paging, interrupts off: as PVH and multiboot have it."""
         vcpu = self.vcpus[0]
         sregs = self._flat_segments(vcpu, long_mode=False)
         sregs.cr0 = _CR0_PE | _CR0_ET
         sregs.cr4 = sregs.efer = 0
         vcpu.set_sregs(sregs)
-        vcpu.set_regs(x86.kvm_regs(rip=entry.ip, rbx=entry.parameters, rflags=_RFLAGS_FIXED))
+        vcpu.set_regs(x86.kvm_regs(rip=ip, rax=eax, rbx=ebx, rflags=_RFLAGS_FIXED))
 
     def _flat_segments(self, vcpu: Vcpu, *, long_mode: bool) -> x86.kvm_sregs:
         """Put a GDT into memory; return the vCPU's registers with its segments loaded and an empty IDT."""

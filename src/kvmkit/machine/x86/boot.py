@@ -105,7 +105,7 @@ def _load_bzimage(memory: MemoryMap, low_end: int, file: KernelFile) -> _Loaded:
         start = -(-start // header.kernel_alignment) * header.kernel_alignment
     end = start + header.init_size
     if end > low_end:
-        raise _too_small(
+        raise too_small(
             f"{file.name}: the kernel takes {header.init_size} bytes (init_size) at {start:#x}", end
         )
     file.load(memory, start, header.setup_bytes, min(header.code_bytes, file.size_bytes - header.setup_bytes))
@@ -127,7 +127,7 @@ def _load_elf(memory: MemoryMap, low_end: int, file: KernelFile, protocol: Proto
                 f"{file.name}: a segment goes to {segment.paddr:#x} (p_paddr), below 1 MiB, where this board has other things"
             )
     if kernel.end > low_end:
-        raise _too_small(
+        raise too_small(
             f"{file.name}: the kernel's segments end at {kernel.end:#x} (p_paddr, p_memsz)", kernel.end
         )
     for segment in kernel.segments:  # what follows in memory is zero already
@@ -168,11 +168,12 @@ def _place_initrd(name: str, size_bytes: int, low_end: int, loaded: _Loaded) -> 
             raise KernelError(
                 f"{name}: {size_bytes} bytes don't fit below the kernel's initrd_addr_max {loaded.initrd_addr_max:#x}: make it smaller"
             )
-        raise _too_small(f"{name}: {size_bytes} bytes don't fit behind the kernel", loaded.end + size_bytes)
+        raise too_small(f"{name}: {size_bytes} bytes don't fit behind the kernel", loaded.end + size_bytes)
     return address
 
 
-def _too_small(what: str, end: int) -> KernelError:
+def too_small(what: str, end: int) -> KernelError:
+    """The error for what ends at address `end`, where there is no memory; `what` says what that is."""
     if end > layout.RAM_LOW_END:
         return KernelError(
             f"{what}; it has to lie below {layout.RAM_LOW_END >> 30} GiB, and doesn't fit there"

@@ -68,7 +68,9 @@ def parse(read: Read, size_bytes: int, name: str) -> ElfKernel:
         raise KernelError(f"{name}: {len(raw)} bytes are too few for an ELF header: is the file truncated?")
     ident, type_, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = _HEADER.unpack(raw)
     if ident[4] != _CLASS_64:
-        raise KernelError(f"{name}: a 32-bit ELF file (EI_CLASS {ident[4]}): use an x86-64 vmlinux")
+        raise KernelError(
+            f"{name}: a 32-bit ELF file (EI_CLASS {ident[4]}): use an x86-64 vmlinux, or --testdev if it is a bare-metal test"
+        )
     if ident[5] != _LITTLE_ENDIAN or machine != _EM_X86_64:
         what = _MACHINES.get(machine, f"machine {machine}") if ident[5] == _LITTLE_ENDIAN else "big-endian"
         raise KernelError(f"{name}: an ELF file for {what} (e_machine): use an x86-64 vmlinux")

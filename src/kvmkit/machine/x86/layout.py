@@ -18,6 +18,11 @@ PAGE_TABLES = 0x9000
 SETUP_DATA = 0x10000
 CMDLINE = 0x20000
 CMDLINE_MAX_BYTES = 0x10000
+MULTIBOOT = 0x80000
+"""Information, command line and module of a multiboot kernel, where such kernels leave memory alone while they start."""
+MULTIBOOT_CMDLINE = 0x81000
+MULTIBOOT_MODULE = 0x84000
+MULTIBOOT_END = 0x98000
 EBDA = 0x9FC00
 """The end of low memory; Linux puts its real-mode trampoline below it."""
 VGA = 0xA0000
@@ -47,6 +52,12 @@ ACPI_PM_TIMER = 0x608
 PCI_CONFIG = 0xCF8
 RESET_CONTROL, RESET_CONTROL_VALUE = 0xCF9, 0x06
 SCI_IRQ = 9
+
+TEST_PORTS = 0xE0
+TEST_IRQ_LINES = 0x2000
+TEST_MEMORY = 0xFF000000
+SHUTDOWN = 0x8900
+FW_CFG = 0x510
 
 E820_RAM, E820_RESERVED = 1, 2
 
