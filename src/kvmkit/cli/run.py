@@ -26,6 +26,9 @@ from kvmkit.cli.terminal import EscapeFilter, following_size, raw_terminal
 from kvmkit.client import Disk, End, Machine, MachineConfig, Share
 from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
 
+EXIT_TEST_RESET = 120
+EXIT_TEST_TRIPLE_FAULT = 122
+"""Both even: what a test kernel says by itself is odd."""
 EXIT_GUEST_DIED = 123
 EXIT_TIMEOUT = 124
 EXIT_OUTPUT_CLOSED = 141
@@ -84,6 +87,12 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
     help="What the console is; virtio has the terminal's size.  [default: serial]",
 )
 @click.option("--append", help="Added to the kernel's command line.")
+@click.option(
+    "--testdev",
+    is_flag=True,
+    default=None,
+    help="--kernel is a bare-metal test (kvm-unit-tests); --append: its arguments, --initrd: its environment.",
+)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds until it is ended.")
 @click.option(
     "--stats",
@@ -120,6 +129,9 @@ def run(
     With --initrd, or --kernel and no ROOT and no COMMAND, the guest is your own: stdin is typed on its serial console, and
     the console goes to stdout byte by byte, until it powers off or resets.
 
+    With --testdev, --kernel is a multiboot kernel with the test device of kvm-unit-tests, and its exit code becomes kvmkit's
+    exit status.
+
     Debian's kernel and busybox are fetched once with this machine's apt into ~/.cache/kvmkit.
 
     \b
@@ -132,6 +144,7 @@ def run(
       kvmkit run -d --name web -- httpd -f              leave it running: kvmkit exec web -- ps
       kvmkit run --verbose --timeout 60 -- true         where the time goes, 60 s at most
       kvmkit run --kernel vmlinuz --initrd initrd.img   a system of your own
+      kvmkit run --testdev --kernel msr.flat --cpus 2   a bare-metal test
 
     \b
     Exit status:
@@ -141,6 +154,12 @@ def run(
       124  the timeout was over
       125  kvmkit failed: wrong options, no engine, a kernel that isn't one
       130  Ctrl-C           141  nobody read the output
+
+    \b
+    With --testdev:
+      (CODE << 1) | 1, its low 8 bits, for CODE written to port 0xf4: always odd, and 1 for a test that passed
+      0    powered off ("Shutdown" to port 0x8900, or by ACPI), or ended by Ctrl-A x
+      120  reset            122  a triple fault
     """  # noqa: D301 - click wants the character itself
     if root and root_option:
         raise click.UsageError(f"two roots, {root} and {root_option}; a command comes after --")
@@ -149,7 +168,11 @@ def run(
     follower = Follower(verbose)
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
-        if machine.initrd is not None or (machine.kernel is not None and not machine.root and not command):
+        if machine.testdev:
+            if command or detach or machine.root is not None or machine.kernel is None:
+                raise click.UsageError("--testdev takes a --kernel, and no root, no command and no --detach")
+            status = _console(dataclasses.replace(machine, agent=False), follower, deadline, verbose)
+        elif machine.initrd is not None or (machine.kernel is not None and not machine.root and not command):
             if command:
                 raise click.UsageError(
                     "an initrd is a system of your own, in which kvmkit can't run a command"
@@ -303,7 +326,7 @@ def _console(config: MachineConfig, follower: Follower, deadline: float | None, 
         click.echo(err=True)  # the guest left the cursor anywhere
     if verbose:
         follower.print_timeline(vm.timeline)
-    return _status(end)
+    return _test_status(end) if config.testdev else _status(end)
 
 
 def _left(deadline: float | None, without: float | None) -> Any:
@@ -332,6 +355,20 @@ def _type(fd: int, on_escape: Callable[[], object]) -> None:
     except OSError:  # the terminal hung up, or the VM is gone
         pass
     on_escape()
+
+
+def _test_status(end: End) -> int:
+    """The exit status that a test kernel's end means."""
+    match end.reason:
+        case "exit":
+            return (int(end.detail) << 1 | 1) & 0xFF
+        case "triple-fault":
+            click.echo(f"kvmkit: a triple fault, {end.detail}", err=True)
+            return EXIT_TEST_TRIPLE_FAULT
+        case "reset" | "panic":  # the panic is but a word that it printed
+            click.echo("kvmkit: the guest reset itself", err=True)
+            return EXIT_TEST_RESET
+    return _status(end)
 
 
 def _status(end: End, *, unfinished: bool = False, shown: bool = True) -> int:

@@ -92,6 +92,9 @@ class MachineConfig:
     """A system of your own instead of `root`: there is no agent in it, only the console."""
     append: str = ""
     """Added to the kernel's command line."""
+    testdev: bool = False
+    """The kernel is a bare-metal test in the convention of kvm-unit-tests: a multiboot kernel with `append` as its arguments and
+    `initrd` as its environment. What it wrote to the exit port is the detail of an end for reason "exit"."""
     agent: bool = True
     """Boot kvmkit's init with its agent, which `Machine.run` and the like talk to."""
     console_command: tuple[str, ...] = ()

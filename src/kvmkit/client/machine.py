@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     modules: str | os.PathLike[str] | None
     initrd: str | os.PathLike[str] | None
     append: str
+    testdev: bool
     agent: bool
     console_command: tuple[str, ...]
     console_fallback: bool
@@ -115,6 +116,7 @@ class Machine(VmProcess):
             "modules": _path(config.modules),
             "initrd": _path(config.initrd),
             "append": config.append,
+            "testdev": config.testdev,
             "memory_bytes": config.memory_bytes,
             "cpus": config.cpus,
             "cpu": config.cpu,
@@ -283,7 +285,7 @@ class Machine(VmProcess):
 
     @property
     def _has_agent(self) -> bool:
-        return self.config.agent and self.config.initrd is None
+        return self.config.agent and self.config.initrd is None and not self.config.testdev
 
     def _resolve_root(self, root: str | os.PathLike[str], environment: Mapping[str, str]) -> dict[str, Any]:
         """What the VM process needs to know of the root."""

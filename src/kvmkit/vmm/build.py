@@ -109,7 +109,6 @@ def build(
     """
     with make_devices(config, directory, console_write) as devices:
         kernel, initrd = files(config, devices, progress)
-        cmdline = kernel_cmdline(config)
         with system.create_vm() as vm:
             board = X86Board(
                 system,
@@ -122,10 +121,15 @@ def build(
                 on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
                 devices=tuple(devices.virtio),
                 cpu=config.cpu,
+                testdev=config.testdev,
             )
             devices.virtio.clear()
             with closing(board):
-                board.load_linux(kernel, initrd, cmdline)
+                if config.testdev:
+                    cmdline = board.load_multiboot(kernel, config.initrd, config.append)
+                else:
+                    cmdline = kernel_cmdline(config)
+                    board.load_linux(kernel, initrd, cmdline)
                 if devices.console is None:
                     yield Booted(vm, board.vcpus, board, board.serial_input, lambda *_: None, cmdline)
                 else:

@@ -62,6 +62,8 @@ class VmConfig:
     """What the vCPUs can do: "host" or a level, with features added and taken away (`kvmkit.machine.x86.cpu_model`)."""
     console: str = "serial"
     """"serial", or "virtio": what the kernel writes early is on the serial port even so, and in the console's log alone."""
+    testdev: bool = False
+    """The kernel is a bare-metal test in the convention of kvm-unit-tests, `initrd` its environment, `append` its arguments."""
     agent: bool = False
     """Boot kvmkit's own init, which the client then talks to by vsock."""
     hostname: str = "kvmkit"
@@ -124,6 +126,19 @@ class VmConfig:
             )
         if self.runs_our_init and self.initrd:
             raise ValueError("commands run on kvmkit's own initrd: give either a command or an initrd")
+        if self.testdev and (
+            self.kernel is None
+            or self.runs_our_init
+            or self.root is not None
+            or self.disks
+            or self.shares
+            or self.network != "none"
+            or self.console != "serial"
+        ):
+            raise ValueError(
+                "testdev: a test kernel has its serial port and nothing else: give a kernel, and no command, root, disks, shares, "
+                "network or virtio console"
+            )
         if self.agent and self.directory is None:
             raise ValueError("configuration: an agent takes a directory for its socket")
         for what, given, most in (("disks", self.disks, MAX_DISKS), ("shares", self.shares, MAX_SHARES)):

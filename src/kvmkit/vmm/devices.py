@@ -49,7 +49,8 @@ def make_devices(
     devices = Devices()
     with ExitStack() as stack:
         stack.callback(devices.close)
-        _add(devices, config, directory)
+        if not config.testdev:
+            _add(devices, config, directory)
         if config.console == "virtio":
             from kvmkit.devices.virtio.console import Console, Port
 
