@@ -11,6 +11,7 @@ from hypothesis import settings
 
 import kvmkit.kvm
 from kvmkit.kvm.probe import SLOW_MIPS, supervisor_mips
+from kvmkit.machine.guest import DefaultGuest, GuestError, fetch_default_guest
 from kvmkit.testing.kernel import assemble_kernel
 
 settings.register_profile("kvmkit", deadline=None)  # the machine may be busy
@@ -23,6 +24,17 @@ def _runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
         yield
+
+
+@pytest.fixture(scope="session")
+def default_guest() -> DefaultGuest:
+    """Debian's kernel and busybox, fetched if need be; skips where they can't be had."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("no apt to fetch the default guest with")
+    try:
+        return fetch_default_guest(print)
+    except GuestError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=["kvm", "soft"])

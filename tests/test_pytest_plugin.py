@@ -1,14 +1,11 @@
 """The pytest plugin, as a user's project sees it."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from kvmkit.machine.guest import GuestError, fetch_default_guest
 
 TESTS = """
 import pytest
@@ -32,13 +29,8 @@ def test_shared_two(shared_vm):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_guest")
 def test_the_plugin(tmp_path: Path) -> None:
-    if shutil.which("apt-get") is None:
-        pytest.skip("no apt to fetch the default guest with")
-    try:
-        fetch_default_guest(print)
-    except GuestError as error:
-        pytest.skip(str(error))
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "vm.toml").write_text('memory = "192M"\nhostname = "from-toml"\n')
     (tmp_path / "pytest.ini").write_text("[pytest]\nvm_config = vm.toml\naddopts = --strict-markers\n")

@@ -1,5 +1,6 @@
 """kvmkit as a real process."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from kvmkit.machine.guest import DefaultGuest
 
 TIMEOUT_S = 30
 
@@ -64,3 +67,11 @@ def run_kvmkit() -> Iterator[Callable[..., Kvmkit]]:
     yield start
     for kvmkit_ in started:
         kvmkit_.kill()
+
+
+@pytest.fixture
+def run_linux(
+    run_kvmkit: Callable[..., Kvmkit], linux_engine: str, default_guest: DefaultGuest
+) -> Callable[..., Kvmkit]:
+    """``kvmkit run`` on each engine that boots Debian's kernel here."""
+    return functools.partial(run_kvmkit, "--engine", linux_engine)

@@ -1,6 +1,5 @@
 """``kvmkit run --disk``."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from kvmkit.cli.arguments import DiskArgument
 from kvmkit.client import Disk
 
 from .conftest import Kvmkit
-from .test_linux import _default_guest  # noqa: F401 - skips where there is none
 
 Run = Callable[..., Kvmkit]
 
@@ -49,12 +47,6 @@ def test_argument_that_is_wrong(image: Path, flags: str) -> None:
 def test_disk_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(click.UsageError, match="isn't there"):
         DiskArgument().convert(str(tmp_path / "none"), None, None)
-
-
-@pytest.fixture
-def run_linux(run_kvmkit: Run, linux_engine: str) -> Run:
-    """``kvmkit run`` on an engine."""
-    return functools.partial(run_kvmkit, "--engine", linux_engine)
 
 
 @pytest.mark.slow

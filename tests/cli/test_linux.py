@@ -1,41 +1,21 @@
 """``kvmkit run`` with Debian's kernel, on each engine that boots it here."""
 
-import functools
 import hashlib
 import os
 import pty
 import re
-import shutil
 import signal
 import termios
 from collections.abc import Callable
 
 import pytest
 
-from kvmkit.machine.guest import GuestError, fetch_default_guest
-
 from .conftest import TIMEOUT_S, Kvmkit
 from .test_run import read_until, wait_for_no_session, wait_for_raw
 
 Run = Callable[..., Kvmkit]
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _default_guest() -> None:
-    if shutil.which("apt-get") is None:
-        pytest.skip("no apt to fetch the default guest with")
-    try:
-        fetch_default_guest(print)
-    except GuestError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def run_linux(run_kvmkit: Run, linux_engine: str) -> Run:
-    """``kvmkit run`` on an engine."""
-    return functools.partial(run_kvmkit, "--engine", linux_engine)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_guest")]
 
 
 @pytest.mark.parametrize(

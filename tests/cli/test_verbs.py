@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,22 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kvmkit.machine.guest import GuestError, fetch_default_guest
-
 from .conftest import TIMEOUT_S
 from .test_run import read_until, wait_for_raw
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _default_guest() -> None:
-    if shutil.which("apt-get") is None:
-        pytest.skip("no apt to fetch the default guest with")
-    try:
-        fetch_default_guest(print)
-    except GuestError as error:
-        pytest.skip(str(error))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_guest")]
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,10 @@ from kvmkit import runtime
 from kvmkit.client import PIPE, AsyncMachine, Disk, Machine, Share
 from kvmkit.errors import CommandError, CommandTimeout, GuestError, KvmkitError, VmError
 from kvmkit.kvm.probe import SLOW_MIPS, supervisor_mips
-from kvmkit.machine.guest import GuestError as NoGuest
-from kvmkit.machine.guest import fetch_default_guest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_guest")]
 
 TIMEOUT_S = 60
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _default_guest() -> None:
-    if shutil.which("apt-get") is None:
-        pytest.skip("no apt to fetch the default guest with")
-    try:
-        fetch_default_guest(print)
-    except NoGuest as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

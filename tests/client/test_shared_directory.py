@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvmkit.client import Machine, Share
-from kvmkit.machine.guest import GuestError, fetch_default_guest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("default_guest")]
 
 FSX = Path(__file__).with_name("fsx.py")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _default_guest() -> None:
-    if shutil.which("apt-get") is None:
-        pytest.skip("no apt to fetch the default guest with")
-    try:
-        fetch_default_guest(print)
-    except GuestError as error:
-        pytest.skip(str(error))
 
 
 def test_fsx(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import kvmkit
 from kvmkit import images, runtime
 from kvmkit.errors import ImageError
-from kvmkit.machine.guest import GuestError, cache_directory, fetch_default_guest
+from kvmkit.machine.guest import DefaultGuest, cache_directory
 
 from .pages import LANGUAGES, READ_ONLY, Block, blocks, commands, matches
 
@@ -60,12 +60,8 @@ def test_matching() -> None:
 
 
 @pytest.fixture(scope="session")
-def warm_cache() -> Path:
+def warm_cache(default_guest: DefaultGuest) -> Path:
     """The user's own cache with the default guest and Debian in it."""
-    try:
-        fetch_default_guest(print)
-    except GuestError as error:
-        pytest.skip(str(error))
     try:
         images.resolve(_DEBIAN, print)
     except ImageError as error:

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvmkit.cli.arguments import (
 )
 from kvmkit.cli.progress import Follower, print_stats
 from kvmkit.cli.session import run_in
-from kvmkit.cli.terminal import EscapeFilter, following_size, raw_terminal
+from kvmkit.cli.terminal import following_size, raw_terminal, type_into
 from kvmkit.client import Disk, End, Machine, MachineConfig, Share
 from kvmkit.errors import AgentError, KvmkitError, VmError, VmTimeout
 
@@ -320,7 +320,7 @@ def _console(config: MachineConfig, follower: Follower, deadline: float | None, 
         if interactive:
             stack.enter_context(following_size(vm.resize_console))
             stack.enter_context(raw_terminal(0))
-            threading.Thread(target=_type, args=(typed, vm.halt), daemon=True).start()
+            threading.Thread(target=type_into, args=(typed, vm.halt), daemon=True).start()
         end = vm.wait(_left(deadline, None))
     if interactive:
         click.echo(err=True)  # the guest left the cursor anywhere
@@ -340,21 +340,6 @@ def _started(vm: Machine, deadline: float | None) -> Iterator[Machine]:
         yield vm
     finally:
         vm.close()
-
-
-def _type(fd: int, on_escape: Callable[[], object]) -> None:
-    """Give the guest what is typed, until Ctrl-A x or the terminal's end."""
-    escapes = EscapeFilter()
-    try:
-        while data := os.read(0, 4096):
-            out, leave = escapes.feed(data)
-            while out:
-                out = out[os.write(fd, out) :]
-            if leave:
-                break
-    except OSError:  # the terminal hung up, or the VM is gone
-        pass
-    on_escape()
 
 
 def _test_status(end: End) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kvmkit.cli.terminal import EscapeFilter, following_size, raw_terminal
+from kvmkit.cli.terminal import following_size, raw_terminal, type_into
 from kvmkit.client import Machine, Pty
 from kvmkit.errors import CommandTimeout, GuestError, VmTimeout
 
@@ -40,12 +40,13 @@ def run_in(
                 size = shutil.get_terminal_size()
                 pty = Pty(size.lines, size.columns, os.environ.get("TERM", "linux"))
                 reading, writing = os.pipe()
-                stack.callback(os.close, writing)
                 process = machine.popen(command, stdin=reading, stdout=1, pty=pty, **options)
                 os.close(reading)
                 stack.enter_context(following_size(process.resize))
                 stack.enter_context(raw_terminal(0))
-                threading.Thread(target=_type, args=(writing, on_escape or process.kill), daemon=True).start()
+                threading.Thread(
+                    target=type_into, args=(writing, on_escape or process.kill), daemon=True
+                ).start()
             else:
                 process = machine.popen(command, stdin=0, stdout=1, stderr=2, **options)
             returncode = process.wait(timeout_s)
@@ -58,18 +59,3 @@ def run_in(
         except CommandTimeout as error:
             raise VmTimeout(str(error)) from None
     return returncode if returncode >= 0 else 128 - returncode
-
-
-def _type(fd: int, on_escape: Callable[[], object]) -> None:
-    """Pass on what is typed, until Ctrl-A x or the terminal's end."""
-    escapes = EscapeFilter()
-    try:
-        while data := os.read(0, 4096):
-            out, leave = escapes.feed(data)
-            while out:
-                out = out[os.write(fd, out) :]
-            if leave:
-                on_escape()
-                return
-    except OSError:  # the terminal hung up, or the command is gone
-        pass

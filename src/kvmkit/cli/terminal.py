@@ -6,7 +6,7 @@ import signal
 import termios
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ESCAPE = b"\x01"  # Ctrl-A
@@ -89,3 +89,25 @@ class EscapeFilter:
                 return out, True
             out += key if key == ESCAPE else ESCAPE + key
         return out, False
+
+
+def type_into(fd: int, on_escape: Callable[[], object]) -> None:
+    """Copy what is typed to `fd` until nobody reads there. Calls `on_escape` on Ctrl-A x, and when the terminal hangs up.
+
+    For a thread that ends with the process: `fd` is not to be closed while it may still type.
+    """
+    escapes = EscapeFilter()
+    while True:
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""
+        out, leave = escapes.feed(data)
+        with suppress(BrokenPipeError):
+            while out:
+                out = out[os.write(fd, out) :]
+        if out:
+            return
+        if leave or not data:
+            on_escape()
+            return

@@ -14,7 +14,7 @@ from kvmkit.client import Machine
 from kvmkit.client.agent import PIPE, Pty
 from kvmkit.client.config import Disk
 from kvmkit.errors import AgentError
-from kvmkit.machine.guest import GuestError, fetch_default_guest
+from kvmkit.machine.guest import DefaultGuest
 
 from .conftest import PROGRAM
 
@@ -25,13 +25,9 @@ DEBUGFS = shutil.which("debugfs") or "/sbin/debugfs"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _can_boot() -> None:
+def _can_boot(default_guest: DefaultGuest) -> None:
     if not PROGRAM.exists():
         pytest.skip("the agent isn't built: make build")
-    try:
-        fetch_default_guest()
-    except GuestError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +121,16 @@ def test_an_agent_that_is_killed_is_there_again() -> None:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
+def image(tmp_path: Path, default_guest: DefaultGuest) -> Path:
     """An ext4 file system of busybox, with a resolv.conf that leads to a service which doesn't run."""
     if shutil.which("mke2fs") is None:
         pytest.skip("no mke2fs (e2fsprogs)")
     root = tmp_path / "root"
     for name in ("bin", "etc", "tmp"):
         (root / name).mkdir(parents=True)
-    busybox = fetch_default_guest()
-    shutil.copy(busybox.busybox, root / "bin" / "busybox")
+    shutil.copy(default_guest.busybox, root / "bin" / "busybox")
     (root / "bin" / "busybox").chmod(0o755)
-    for applet in ("sh", *busybox.applets):
+    for applet in ("sh", *default_guest.applets):
         if not (root / "bin" / applet).exists():
             (root / "bin" / applet).symlink_to("busybox")
     (root / "etc" / "passwd").write_text("root:x:0:0:root:/:/bin/sh\n")
