@@ -63,7 +63,7 @@ def run(device: str, seed: int) -> targets.Outcome:
             for path in Path(directory).rglob(
                 "*"
             ):  # the guest may have made directories that can't be entered
-                if path.is_dir() and not path.is_symlink():
+                if not path.is_symlink() and path.is_dir():
                     path.chmod(0o700)
 
 

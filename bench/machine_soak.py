@@ -145,8 +145,8 @@ class Soak:
                 continue
         base = os.fsencode(self.base)
         mine = tuple(os.fsencode(vm.directory.path) for vm in idle if vm.directory)
-        for line in Path("/proc/net/unix").read_bytes().splitlines():
-            path = line.split(b" ")[-1]
+        for entry in Path("/proc/net/unix").read_bytes().splitlines():
+            path = entry.split(b" ")[-1]
             if path.startswith(base) and not path.startswith(mine):
                 left.append(f"socket: {os.fsdecode(path)}")
         # The directory's lock is the client's until the VM process has it too.
