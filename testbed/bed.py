@@ -89,7 +89,7 @@ BEDS = {
         "manylinux2014_aarch64",
     ),
 }
-WHEELS = ("pytest", "hypothesis", "click")
+WHEELS = ("pytest", "hypothesis", "click", "dacite")
 IN_TREE = (
     "src/kvmkit/**/*",
     "tests/conftest.py",
