@@ -66,9 +66,10 @@ lint: build docs
 docs: build
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# What compares with QEMU. The soaks and fuzzers in bench/ take from minutes to hours: each has --help.
 bench: build
-	@tools/need --optional qemu-system-x86_64=qemu-system-x86
-	@for program in bench/[a-z]*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+	@tools/need --optional qemu-system-x86_64=qemu-system-x86 fio=fio iperf3=iperf3
+	@for name in boot io net; do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done
 
 # Real kvm-amd and kvm-arm64, in machines that QEMU emulates.
 testbed-amd: build
