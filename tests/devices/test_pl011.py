@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from kvmkit.devices import pl011 as p
 from kvmkit.devices.pl011 import Pl011
+from kvmkit.devices.uart import FIFO_BYTES
 
 
 class Port:
@@ -165,7 +166,7 @@ def test_back_pressure(port: Port) -> None:
     got = b""
     while len(got) < 84:
         got += bytes([port.read(p.DR)])
-        assert len(port.uart._received) <= p.FIFO_BYTES
+        assert len(port.uart._received) <= FIFO_BYTES
     feeder.join(5)
     assert not feeder.is_alive()
     assert got + port.read_all() == data
@@ -208,7 +209,7 @@ def test_any_accesses(accesses: list[tuple[bool, int, int, int]]) -> None:
             port.uart.write(offset, size, value)
         else:
             assert 0 <= port.uart.read(offset, size) <= 0xFFFFFFFF
-        assert len(port.uart._received) <= p.FIFO_BYTES
+        assert len(port.uart._received) <= FIFO_BYTES
         assert port.line == int(port.read(p.MIS) != 0)
     assert all(a != b for a, b in zip(port.edges, port.edges[1:], strict=False))
     port.uart.close()
