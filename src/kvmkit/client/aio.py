@@ -6,9 +6,10 @@ Starting, waiting and stopping are `Machine`'s own, on a thread; what goes to th
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 from kvmkit.client.agent import AsyncAgent, AsyncFiles, AsyncProcess, CompletedProcess
+from kvmkit.client.agent.sync import PopenOptions, RunOptions
 from kvmkit.client.config import MachineConfig
 from kvmkit.client.forward import Forward
 from kvmkit.client.machine import AGENT_PORT, READY_S, Machine, Options
@@ -50,12 +51,22 @@ class AsyncMachine:
             self._agent = AsyncAgent(lambda: self.machine.vsock(AGENT_PORT))
         return self._agent
 
+    @overload
+    async def run(
+        self, argv: Sequence[str], *, text: Literal[False] = False, **options: Unpack[RunOptions]
+    ) -> CompletedProcess[bytes]: ...
+
+    @overload
+    async def run(
+        self, argv: Sequence[str], *, text: Literal[True], **options: Unpack[RunOptions]
+    ) -> CompletedProcess[str]: ...
+
     async def run(self, argv: Sequence[str], **options: Any) -> CompletedProcess[Any]:
         """See `Machine.run`. Cancelled, it kills the command."""
         done: CompletedProcess[Any] = await (await self.agent()).run(argv, **options)
         return done
 
-    async def popen(self, argv: Sequence[str], **options: Any) -> AsyncProcess:
+    async def popen(self, argv: Sequence[str], **options: Unpack[PopenOptions]) -> AsyncProcess:
         """See `Machine.popen`."""
         return await (await self.agent()).popen(argv, **options)
 

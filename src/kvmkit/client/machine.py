@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
 
 from kvmkit import runtime
 from kvmkit.client.agent import Agent, CompletedProcess, Files, Process
+from kvmkit.client.agent.sync import PopenOptions, RunOptions
 from kvmkit.client.config import Disk, MachineConfig, Share
 from kvmkit.client.forward import Forward
 from kvmkit.client.vm_process import End, Event, VmProcess
@@ -182,14 +183,25 @@ class Machine(VmProcess):
         self.wait_ready()
         return [str(line) for line in self._details("agent")["warnings"]]
 
+    @overload
+    def run(
+        self, argv: Sequence[str], *, text: Literal[False] = False, **options: Unpack[RunOptions]
+    ) -> CompletedProcess[bytes]: ...
+
+    @overload
+    def run(
+        self, argv: Sequence[str], *, text: Literal[True], **options: Unpack[RunOptions]
+    ) -> CompletedProcess[str]: ...
+
     def run(self, argv: Sequence[str], **options: Any) -> CompletedProcess[Any]:
         """Run a command and return its `returncode`, `stdout` and `stderr`; `Agent.run` says with which options."""
         try:
-            return self.agent.run(argv, **options)
+            done: CompletedProcess[Any] = self.agent.run(argv, **options)
         except AgentError as error:
             raise self._explained(error) from error
+        return done
 
-    def popen(self, argv: Sequence[str], **options: Any) -> Process:
+    def popen(self, argv: Sequence[str], **options: Unpack[PopenOptions]) -> Process:
         """Start a command; `Agent.popen` says with which options."""
         try:
             return self.agent.popen(argv, **options)

@@ -6,13 +6,13 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from kvmkit.client.agent import operations, protocol
 from kvmkit.client.agent.operations import FileStat, GuestPath
 from kvmkit.client.agent.protocol import CHUNK_BYTES, Command, FrameDecoder, Pty
 from kvmkit.client.agent.pump import RECEIVE_BYTES
-from kvmkit.client.agent.sync import DEVNULL, OUTPUT_LIMIT_BYTES, PIPE, CompletedProcess
+from kvmkit.client.agent.sync import DEVNULL, OUTPUT_LIMIT_BYTES, PIPE, CompletedProcess, RunOptions
 from kvmkit.errors import AgentError, CommandError, CommandTimeout
 
 T = TypeVar("T")
@@ -312,34 +312,12 @@ class AsyncAgent:
 
     @overload
     async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes | str | None = ...,
-        env: Mapping[str, str] | None = ...,
-        clear_env: bool = ...,
-        cwd: str | os.PathLike[str] | None = ...,
-        user: str | int | None = ...,
-        timeout_s: float | None = ...,
-        check: bool = ...,
-        text: Literal[False] = ...,
-        output_limit_bytes: int = ...,
+        self, argv: Sequence[str], *, text: Literal[False] = False, **options: Unpack[RunOptions]
     ) -> CompletedProcess[bytes]: ...
 
     @overload
     async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes | str | None = ...,
-        env: Mapping[str, str] | None = ...,
-        clear_env: bool = ...,
-        cwd: str | os.PathLike[str] | None = ...,
-        user: str | int | None = ...,
-        timeout_s: float | None = ...,
-        check: bool = ...,
-        text: Literal[True],
-        output_limit_bytes: int = ...,
+        self, argv: Sequence[str], *, text: Literal[True], **options: Unpack[RunOptions]
     ) -> CompletedProcess[str]: ...
 
     async def run(

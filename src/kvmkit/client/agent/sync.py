@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any, AnyStr, Generic, Literal, Self, TypeVar, overload
+from typing import IO, Any, AnyStr, Generic, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 from kvmkit.client.agent import operations, protocol
 from kvmkit.client.agent.operations import FileStat, GuestPath
@@ -45,6 +45,32 @@ class CompletedProcess(Generic[AnyStr]):
     """Its exit status, or the number of the signal that ended it, negated."""
     stdout: AnyStr
     stderr: AnyStr
+
+
+class RunOptions(TypedDict, total=False):
+    """What `Agent.run` takes by name, beside `text`; it describes them."""
+
+    input: bytes | str | None
+    env: Mapping[str, str] | None
+    clear_env: bool
+    cwd: str | os.PathLike[str] | None
+    user: str | int | None
+    timeout_s: float | None
+    check: bool
+    output_limit_bytes: int
+
+
+class PopenOptions(TypedDict, total=False):
+    """What `Agent.popen` takes by name; it describes them."""
+
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+    env: Mapping[str, str] | None
+    clear_env: bool
+    cwd: str | os.PathLike[str] | None
+    user: str | int | None
+    pty: Pty | None
 
 
 class Process:
@@ -284,34 +310,12 @@ class Agent:
 
     @overload
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes | str | None = ...,
-        env: Mapping[str, str] | None = ...,
-        clear_env: bool = ...,
-        cwd: str | os.PathLike[str] | None = ...,
-        user: str | int | None = ...,
-        timeout_s: float | None = ...,
-        check: bool = ...,
-        text: Literal[False] = ...,
-        output_limit_bytes: int = ...,
+        self, argv: Sequence[str], *, text: Literal[False] = False, **options: Unpack[RunOptions]
     ) -> CompletedProcess[bytes]: ...
 
     @overload
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes | str | None = ...,
-        env: Mapping[str, str] | None = ...,
-        clear_env: bool = ...,
-        cwd: str | os.PathLike[str] | None = ...,
-        user: str | int | None = ...,
-        timeout_s: float | None = ...,
-        check: bool = ...,
-        text: Literal[True],
-        output_limit_bytes: int = ...,
+        self, argv: Sequence[str], *, text: Literal[True], **options: Unpack[RunOptions]
     ) -> CompletedProcess[str]: ...
 
     def run(
