@@ -224,13 +224,10 @@ def test_asyncio() -> None:
     async def use() -> tuple[list[bytes], int]:
         async with AsyncMachine(memory="192M") as vm:
             done = await asyncio.gather(*(vm.run(["echo", str(n)]) for n in range(4)))
-            files = await vm.files()
-            await files.write_text("/tmp/x", "y")
-            assert await files.read_text("/tmp/x") == "y"
+            await vm.files.write_text("/tmp/x", "y")
+            assert await vm.files.read_text("/tmp/x") == "y"
             process = await vm.popen(["sleep", "1000"])
-            await process.send_signal(15) if asyncio.iscoroutinefunction(
-                process.send_signal
-            ) else process.send_signal(15)
+            process.send_signal(15)
             return [one.stdout for one in done], await process.wait()
 
     out, status = asyncio.run(use())

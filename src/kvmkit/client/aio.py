@@ -4,6 +4,7 @@ Starting, waiting and stopping are `Machine`'s own, on a thread; what goes to th
 """
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -34,7 +35,7 @@ class AsyncMachine:
         """As `Machine`. `on_event` is called on a thread."""
         self.machine = Machine(config, on_event, **options)
         """The same machine for programs that wait."""
-        self._agent: AsyncAgent | None = None
+        self._agent = AsyncAgent(self._connect)
 
     async def start(self, timeout_s: float | None = None) -> None:
         """See `Machine.start`."""
@@ -44,11 +45,9 @@ class AsyncMachine:
         """See `Machine.wait_ready`."""
         await asyncio.to_thread(self.machine.wait_ready, timeout_s)
 
-    async def agent(self) -> AsyncAgent:
-        """Its agent, waited for."""
-        await self.wait_ready()
-        if self._agent is None:
-            self._agent = AsyncAgent(lambda: self.machine.vsock(AGENT_PORT))
+    @property
+    def agent(self) -> AsyncAgent:
+        """Its agent. What is asked of it waits until it runs."""
         return self._agent
 
     @overload
@@ -63,16 +62,17 @@ class AsyncMachine:
 
     async def run(self, argv: Sequence[str], **options: Any) -> CompletedProcess[Any]:
         """See `Machine.run`. Cancelled, it kills the command."""
-        done: CompletedProcess[Any] = await (await self.agent()).run(argv, **options)
+        done: CompletedProcess[Any] = await self.agent.run(argv, **options)
         return done
 
     async def popen(self, argv: Sequence[str], **options: Unpack[PopenOptions]) -> AsyncProcess:
         """See `Machine.popen`."""
-        return await (await self.agent()).popen(argv, **options)
+        return await self.agent.popen(argv, **options)
 
-    async def files(self) -> AsyncFiles:
+    @property
+    def files(self) -> AsyncFiles:
         """See `Machine.files`."""
-        return (await self.agent()).files
+        return self.agent.files
 
     async def forward(self, guest_port: int, host_port: int = 0) -> Forward:
         """See `Machine.forward`."""
@@ -104,3 +104,7 @@ class AsyncMachine:
     ) -> None:
         """Close, as `Machine` does at the end of its ``with``."""
         await asyncio.to_thread(self.machine.__exit__, kind, value, traceback)
+
+    def _connect(self) -> socket.socket:
+        self.machine.wait_ready()
+        return self.machine.vsock(AGENT_PORT)
