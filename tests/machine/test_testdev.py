@@ -348,6 +348,22 @@ def test_interrupt_line_by_the_ioapic(run: Run) -> None:
     assert run(code)[0] == "exit 32"
 
 
+def test_every_line_can_be_set(run: Run) -> None:
+    """Those that lead nowhere, line 2 for one, do no harm."""
+    code = """
+        mov dx, 0x2000
+    1:  mov al, 1
+        out dx, al
+        mov al, 0
+        out dx, al
+        inc edx
+        cmp dx, 0x2018
+        jne 1b
+        exit 0
+    """
+    assert run(code)[0] == "exit 0"
+
+
 @pytest.mark.parametrize("cpus", [2, 4])
 def test_other_processors(run: Run, cpus: int) -> None:
     """They wait for one broadcast INIT and one SIPI to page 0, and are as many as fw_cfg says."""

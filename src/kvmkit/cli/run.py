@@ -169,8 +169,10 @@ def run(
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         if machine.testdev:
-            if command or detach or machine.root is not None or machine.kernel is None:
-                raise click.UsageError("--testdev takes a --kernel, and no root, no command and no --detach")
+            if command or detach or stats or machine.root is not None or machine.kernel is None:
+                raise click.UsageError(
+                    "--testdev takes a --kernel, and no root, no command, no --detach and no --stats"
+                )
             status = _console(dataclasses.replace(machine, agent=False), follower, deadline, verbose)
         elif machine.initrd is not None or (machine.kernel is not None and not machine.root and not command):
             if command:
