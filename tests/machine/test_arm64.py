@@ -3,6 +3,7 @@
 import ctypes
 import gzip
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 
 from kvmkit.kvm import Device, GuestMemory, MemoryMap, Vcpu, Vm
 from kvmkit.machine.arm64 import board as board_module
-from kvmkit.machine.arm64 import boot, layout
+from kvmkit.machine.arm64 import boot, init, layout
 from kvmkit.machine.arm64 import fdt as tree
 from kvmkit.machine.arm64.board import Arm64Board
 from kvmkit.machine.errors import KernelError
 from kvmkit.uapi import arm64, common
+from kvmkit.vmm import devices as vmm_devices
+from kvmkit.vmm.config import DiskConfig, RootConfig, ShareConfig, VmConfig
+from kvmkit.vmm.devices import make_devices
 
 MIB = 1 << 20
 MEMORY = 64 * MIB
@@ -325,3 +329,70 @@ def test_sizes_that_can_t_be(memory_bytes: int, cpus: int) -> None:
 def test_pstate_is_what_the_boot_protocol_wants() -> None:
     """EL1 with its own stack pointer, and D, A, I and F masked (ARM DDI 0487, SPSR_EL1)."""
     assert board_module._PSTATE_DAIF | board_module._PSTATE_EL1H == 0b1111 << 6 | 0b0101
+
+
+# The init.
+
+
+def test_init(tmp_path: Path) -> None:
+    """Run it by a sh that finds nothing but commands that only say that they were called: never the host's."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    for name in ("mount", "hostname", "stty", "poweroff"):
+        (bin_ / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        (bin_ / name).chmod(0o755)
+    (bin_ / "sh").symlink_to("/bin/sh")
+    environment = {"PATH": str(bin_), "HOME": str(tmp_path), "WORD": "it's $HOME"}
+    made = init.script(["sh", "-c", 'echo "$WORD"; exit 3'], "a name", environment)
+    done = subprocess.run(
+        ["/bin/sh"], input=made, capture_output=True, check=True, env={"PATH": str(bin_)}, cwd=tmp_path
+    )
+    assert done.stdout.decode().splitlines() == [
+        "mount -t proc proc /proc",
+        "mount -t sysfs sysfs /sys",
+        "mount -t devtmpfs devtmpfs /dev",
+        "hostname a name",
+        "kvmkit: init",
+        "kvmkit: command",
+        "it's $HOME",
+        "",
+        "kvmkit: exit 3",
+        "stty -echo",
+        "poweroff -f",
+    ]
+
+
+def test_init_takes_only_what_a_shell_can_have() -> None:
+    with pytest.raises(ValueError, match="environment variable 'a b'"):
+        init.script(["true"], "it", {"a b": "c"})
+
+
+# The VM process.
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (VmConfig(agent=True, directory="x"), "agent"),
+        (VmConfig(network="user"), "a network"),
+        (VmConfig(disks=(DiskConfig("disk"),)), "disks"),
+        (VmConfig(shares=(ShareConfig("/", "/host"),)), "shared directories"),
+        (VmConfig(root=RootConfig("/", "virtiofs")), "a root"),
+        (VmConfig(console="virtio"), "a virtio console"),
+        (VmConfig(testdev=True), "x86-64 test kernels"),
+        (VmConfig(cpu="x86-64-v3"), "the host's processor"),
+    ],
+)
+def test_what_arm64_has_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch, config: VmConfig, message: str
+) -> None:
+    monkeypatch.setattr(vmm_devices, "ARM64", True)
+    with pytest.raises(ValueError, match=message), make_devices(config, None, lambda _: None):
+        pass
+
+
+def test_a_command_takes_no_virtio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmm_devices, "ARM64", True)
+    config = VmConfig(agent=True, directory="x", console_command=("uname", "-m"), console_fallback=True)
+    with make_devices(config, None, lambda _: None) as devices:
+        assert devices.virtio == []

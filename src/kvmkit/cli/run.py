@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import platform
 import sys
 import threading
 import time
@@ -233,7 +234,8 @@ def _run(
 ) -> int:
     """Run the command through the agent."""
     output_fd = 2 if verbose else None
-    if config.kernel is not None and command:  # a kernel of the user's may have no vsock
+    # A kernel of the user's may have no vsock; on arm64 the agent isn't built yet.
+    if command and (config.kernel is not None or platform.machine() == "aarch64"):
         config = dataclasses.replace(
             config, console_command=command, console_fallback=True, environment={**config.environment, **env}
         )

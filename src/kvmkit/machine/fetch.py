@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvmkit.machine import modules
 from kvmkit.machine.debian import HINT, Apt, member, members, output_of
-from kvmkit.machine.guest import GuestError
+from kvmkit.machine.guest import ARCHITECTURE, ARM64, GuestError
 from kvmkit.machine.x86.bzimage import extract_vmlinux
 
 _UNFINISHED = ".fetch-"
@@ -26,7 +26,7 @@ def fill(directory: Path, packages: Sequence[str], progress: Callable[[str], Non
                 _UNFINISHED + "*"
             ):  # of somebody who was killed: we hold the lock
                 shutil.rmtree(left_over, ignore_errors=True)
-            with Apt(_new(directory), progress) as apt:
+            with Apt(_new(directory), progress, ARCHITECTURE) as apt:
                 for package in packages:
                     if not (directory / package).is_dir():  # somebody else may have been faster
                         _fetch(apt, package, directory, progress)
@@ -54,7 +54,8 @@ def _fetch(apt: Apt, package: str, directory: Path, progress: Callable[[str], No
 def _unpack_kernel(deb: Path, directory: Path) -> None:
     vmlinuz = member(deb, re.compile(r"(\./)?(usr/lib/modules/[^/]+|boot)/vmlinuz[^/]*"))
     (directory / "vmlinuz").write_bytes(vmlinuz)
-    (directory / "vmlinux").write_bytes(extract_vmlinux(vmlinuz, deb.name))
+    if not ARM64:
+        (directory / "vmlinux").write_bytes(extract_vmlinux(vmlinuz, deb.name))
     found = (modules.parse(name, data) for name, data in members(deb, modules.PATTERN))
     modules.save(directory / "modules", found)
 

@@ -19,8 +19,13 @@ from kvmkit.machine.initramfs import build_initramfs
 
 Progress = Callable[[str], None]
 
-CLOUD_KERNEL = "linux-image-cloud-amd64"
-GENERIC_KERNEL = "linux-image-amd64"
+ARM64 = platform.machine() == "aarch64"
+"""Whether guests are arm64's, as the host is; else they are x86-64's."""
+ARCHITECTURE = "arm64" if ARM64 else "amd64"
+"""The guest's, as Debian names it."""
+
+CLOUD_KERNEL = f"linux-image-cloud-{ARCHITECTURE}"
+GENERIC_KERNEL = f"linux-image-{ARCHITECTURE}"
 _BUSYBOX = "busybox-static"
 
 
@@ -33,9 +38,9 @@ class Kernel:
     """A fetched kernel: two forms of the same, and where it came from."""
 
     vmlinuz: Path
-    """The bzImage."""
+    """The bzImage, or arm64's Image."""
     vmlinux: Path
-    """What the bzImage unpacks: an ELF file, which boots without the guest unpacking it."""
+    """What the bzImage unpacks: an ELF file, which boots without the guest unpacking it. On arm64 the same as `vmlinuz`."""
     modules: Path
     """A directory of its modules for virtio; see `kvmkit.machine.modules`."""
     package: str
@@ -105,7 +110,7 @@ def _kernel(package: str) -> Kernel:
     about = json.loads((directory / "package").read_text())
     return Kernel(
         directory / "vmlinuz",
-        directory / "vmlinux",
+        directory / ("vmlinuz" if ARM64 else "vmlinux"),
         directory / "modules",
         about["package"],
         about["version"],

@@ -66,11 +66,12 @@ class CpioWriter:
         self._output.write(bytes(-len(data) % 4))
 
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "USER": "root",
 }
+"""What commands in the guest have, unless they are told otherwise."""
 
 
 def build_initramfs(
@@ -100,7 +101,7 @@ def build_initramfs(
     settings = {
         **boot,
         "modules": [f"/lib/modules/{module.name}" for module in modules],
-        "environment": {**_ENVIRONMENT, **boot.get("environment", {})},
+        "environment": {**ENVIRONMENT, **boot.get("environment", {})},
     }
     archive.file("etc/kvmkit/boot.json", json.dumps(settings).encode())
     if busybox:

@@ -6,12 +6,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kvmkit.kvm import Kvm, Vcpu, Vm
 from kvmkit.machine import modules
-from kvmkit.machine.guest import DefaultGuest, console_command, fetch_default_guest
-from kvmkit.machine.x86.board import X86Board
+from kvmkit.machine.guest import ARM64, DefaultGuest, console_command, fetch_default_guest
 from kvmkit.runtime import VmDirectory
 from kvmkit.vmm.config import VmConfig
 from kvmkit.vmm.devices import ROOT_TAG, Devices, make_devices
@@ -20,6 +19,8 @@ from kvmkit.vmm.loop import Bus
 
 if TYPE_CHECKING:
     from kvmkit.devices.virtio.console import Port
+    from kvmkit.machine.arm64.board import Arm64Board
+    from kvmkit.machine.x86.board import X86Board
 
 _INPUT_FULL_S = 0.02
 
@@ -40,7 +41,7 @@ class Booted:
 
 def kernel_cmdline(config: VmConfig) -> str:
     """The kernel's command line: the console, a reset instead of a hang on a panic, and what the user adds."""
-    parts = ["console=ttyS0", "panic=-1"]
+    parts = ["console=ttyAMA0" if ARM64 else "console=ttyS0", "panic=-1"]
     if config.console == "virtio":
         parts.append("console=hvc0")
     if config.runs_our_init and not config.verbose:
@@ -65,6 +66,13 @@ def files(
 
 def initramfs(config: VmConfig, guest: DefaultGuest, devices: Devices) -> bytes:
     """Our own: the agent as init, what it is to set up, and the modules for the devices that are there."""
+    if ARM64:
+        from kvmkit.machine.arm64.init import script
+        from kvmkit.machine.initramfs import ENVIRONMENT, build_initramfs
+
+        environment = {**ENVIRONMENT, **dict(config.environment)}
+        init = script(config.console_command, config.hostname, environment)
+        return build_initramfs(init, {}, busybox=guest.busybox.read_bytes(), applets=guest.applets)
     if config.modules:
         directory: Path | None = Path(config.modules)
     else:
@@ -110,23 +118,10 @@ def build(
     with make_devices(config, directory, console_write) as devices:
         kernel, initrd = files(config, devices, progress)
         with system.create_vm() as vm:
-            board = X86Board(
-                system,
-                vm,
-                memory_bytes=config.memory_bytes,
-                cpus=config.cpus,
-                serial_write=serial_write,
-                on_reset=lambda: ending.set(Reason.RESET),
-                on_power_off=lambda: ending.set(Reason.POWER_OFF),
-                on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
-                devices=tuple(devices.virtio),
-                cpu=config.cpu,
-                testdev=config.testdev,
-            )
-            devices.virtio.clear()
+            board = _board(system, vm, config, devices, serial_write, ending)
             with closing(board):
                 if config.testdev:
-                    cmdline = board.load_multiboot(kernel, config.initrd, config.append)
+                    cmdline = cast("X86Board", board).load_multiboot(kernel, config.initrd, config.append)
                 else:
                     cmdline = kernel_cmdline(config)
                     board.load_linux(kernel, initrd, cmdline)
@@ -135,6 +130,38 @@ def build(
                 else:
                     console_input = partial(_send_all, devices.console)
                     yield Booted(vm, board.vcpus, board, console_input, devices.console.resize, cmdline)
+
+
+def _board(
+    system: Kvm,
+    vm: Vm,
+    config: VmConfig,
+    devices: Devices,
+    serial_write: Callable[[bytes], None],
+    ending: Ending,
+) -> "X86Board | Arm64Board":
+    """The board that goes with the host's processor: a guest's instructions are the host's. It takes the devices over."""
+    if ARM64:
+        from kvmkit.machine.arm64.board import Arm64Board
+
+        return Arm64Board(vm, memory_bytes=config.memory_bytes, cpus=config.cpus, serial_write=serial_write)
+    from kvmkit.machine.x86.board import X86Board
+
+    board = X86Board(
+        system,
+        vm,
+        memory_bytes=config.memory_bytes,
+        cpus=config.cpus,
+        serial_write=serial_write,
+        on_reset=lambda: ending.set(Reason.RESET),
+        on_power_off=lambda: ending.set(Reason.POWER_OFF),
+        on_exit_code=lambda code: ending.set(Reason.EXIT, str(code)),
+        devices=tuple(devices.virtio),
+        cpu=config.cpu,
+        testdev=config.testdev,
+    )
+    devices.virtio.clear()
+    return board
 
 
 def _send_all(port: "Port", data: bytes) -> None:

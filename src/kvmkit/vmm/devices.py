@@ -5,12 +5,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvmkit.devices.virtio.device import VirtioDevice
+from kvmkit.machine.guest import ARM64
 from kvmkit.runtime import VmDirectory
 from kvmkit.vmm.config import DiskConfig, VmConfig
 
 if TYPE_CHECKING:
     from kvmkit.devices.virtio.console import Port
+    from kvmkit.devices.virtio.device import VirtioDevice
 
 GUEST_CID = 3
 ROOT_TAG = "root"
@@ -24,7 +25,7 @@ _MAX_DISK_QUEUES = 4
 class Devices:
     """Devices in the board's order, and what the guest needs to be told to use them."""
 
-    virtio: list[VirtioDevice] = field(default_factory=list)
+    virtio: "list[VirtioDevice]" = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: ["virtio_mmio"])
     """The kernel modules that drive them."""
     console: "Port | None" = None
@@ -47,6 +48,10 @@ def make_devices(
     Those left are closed at the end. `OSError` or `ValueError` says what can't be used.
     """
     devices = Devices()
+    if ARM64:
+        _check_arm64(config)
+        yield devices
+        return
     with ExitStack() as stack:
         stack.callback(devices.close)
         if not config.testdev:
@@ -58,6 +63,24 @@ def make_devices(
             devices.virtio.append(Console([devices.console]))
             devices.modules.append("virtio_console")
         yield devices
+
+
+def _check_arm64(config: VmConfig) -> None:
+    """`ValueError` for what isn't on arm64. Virtio's queues take the native module's ordered loads and stores, and that isn't built there."""
+    for wanted, what in (
+        (config.agent and not config.console_command, "a guest with kvmkit's agent (give a command to run)"),
+        (config.root is not None, "a root"),
+        (config.disks, "disks"),
+        (config.shares, "shared directories"),
+        (config.network != "none", "a network"),
+        (config.console != "serial", "a virtio console"),
+    ):
+        if wanted:
+            raise ValueError(f"{what}: that takes virtio, which kvmkit has on x86-64 alone so far")
+    if config.testdev:
+        raise ValueError("testdev: it is for x86-64 test kernels")
+    if config.cpu != "host":
+        raise ValueError(f"cpu {config.cpu!r}: an arm64 guest has the host's processor: leave it at host")
 
 
 def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> None:
@@ -94,7 +117,7 @@ def _add(devices: Devices, config: VmConfig, directory: VmDirectory | None) -> N
         _add_network(devices, config.network)
 
 
-def _disk(disk: DiskConfig, i: int, cpus: int) -> VirtioDevice:
+def _disk(disk: DiskConfig, i: int, cpus: int) -> "VirtioDevice":
     from kvmkit.devices.block import Overlay, RawFile
     from kvmkit.devices.virtio.blk import Blk
 
