@@ -234,8 +234,10 @@ def _run(
 ) -> int:
     """Run the command through the agent."""
     output_fd = 2 if verbose else None
-    # A kernel of the user's may have no vsock; on arm64 the agent isn't built yet.
-    if command and (config.kernel is not None or platform.machine() == "aarch64"):
+    no_agent = platform.machine() == "aarch64"  # it isn't built for that yet
+    if no_agent and (cwd or user):
+        raise click.UsageError("on arm64 commands run as root in /root: leave out --cwd and --user")
+    if command and (config.kernel is not None or no_agent):  # a kernel of the user's may have no vsock
         config = dataclasses.replace(
             config, console_command=command, console_fallback=True, environment={**config.environment, **env}
         )
