@@ -338,6 +338,9 @@ def main() -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="write the raw figures there")
     args = parser.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's job in the background ignores it, as its children do
     uses = args.only or list(USES)
     failures: list[str] = []
     times: dict[str, list[float]] = {name: [] for name in uses}

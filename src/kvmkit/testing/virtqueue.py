@@ -86,6 +86,8 @@ class Driver:
         self._event_idx = event_idx
         self.queues: list[_Queue] = []
         self._chains = 0
+        self.activations = 0
+        """How often the device was activated: what was told to it before is forgotten."""
         self._changed = threading.Condition()
         device.interrupt = self._interrupt
         device.interrupt_config = self._interrupt_config
@@ -96,6 +98,7 @@ class Driver:
         """Lay out empty rings and set DRIVER_OK; again after `reset`."""
         self._next_buffer = _BUFFERS
         self._chains = self.chains
+        self.activations += 1
         self.broken = False
         self.rings = [self._ring(i, size) for i, size in enumerate(self.device.queue_sizes)]
         self.memory.write(_QUEUES, bytes(_QUEUE_BYTES * len(self.rings)))
