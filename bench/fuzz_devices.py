@@ -6,7 +6,7 @@
 Each seed makes a device of some kind (`kvmkit.testing.fuzz.targets`) in an empty directory, has it take some thousand chains and
 looks what became of the files, directories and sockets beside it. Requests are nearly right; now and then the rings are
 nonsense that changes while the device reads it. Devices run in one worker process each, with limits of address space and file
-size. What counts as a failure: any exception of a device but that the guest broke its queue, a worker that dies or hangs, a host
+size, as nobody if root starts it. What counts as a failure: any exception of a device but that the guest broke its queue, a worker that dies or hangs, a host
 that has changed, a device that doesn't work after a reset, more descriptors or threads than at first, memory that grows.
 
 A failing seed is printed; the exit status is 1 if there was one. The worker's successor goes on with the next seed.
@@ -41,6 +41,7 @@ FILE_BYTES = 64 << 20
 GROWTH_KIB = 32 << 10
 """By how much a worker's resident memory may grow after its first seeds."""
 _WARM_UP = 4
+NOBODY = 65534
 
 
 def footprint() -> dict[str, int]:
@@ -68,7 +69,11 @@ def run(device: str, seed: int) -> targets.Outcome:
 
 
 def prepare() -> None:
-    """Limit this process, and have threads switch often."""
+    """Limit this process, and have threads switch often. Root gives up its rights: a device may be as broken as it gets."""
+    if not os.geteuid():
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
     faulthandler.enable()  # SIGABRT too
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
@@ -114,8 +119,18 @@ class Device:
         """Run a worker from `seed` on until all is done or it dies; returns the seed to go on with."""
         command = [sys.executable, __file__, "--worker", self.name, "--seed", str(seed)]
         self.first = {}
-        with tempfile.TemporaryFile("w+") as errors:
-            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            tempfile.TemporaryDirectory(prefix="kvmkit-fuzz-", ignore_cleanup_errors=True) as directory,
+        ):
+            os.chmod(directory, 0o777 if not os.geteuid() else 0o700)  # root's workers are nobody
+            worker = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"TMPDIR": directory},
+            )
             assert worker.stdout is not None
             done = False
             while not done:

@@ -19,7 +19,6 @@ _NAMES = (
     b"../outside",
     b"../outside/file",
     b"out/file",
-    b"/",
     b"a/b",
     b"",
     b"x" * 255,

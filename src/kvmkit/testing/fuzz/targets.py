@@ -339,6 +339,12 @@ class NetTarget(Target):
 class FsTarget(Target):
     """A shared directory beside what isn't shared."""
 
+    def __init__(self, rng: Random, directory: Path) -> None:
+        """Deep below `directory`: if the device lets the guest out, it is found out before it has climbed to what matters."""
+        directory = directory.joinpath(*["deep"] * 64)
+        directory.mkdir(parents=True)
+        super().__init__(rng, directory)
+
     def make(self) -> Watched:
         """Read-only or not."""
         self._read_only = self.rng.random() < 0.3
