@@ -41,10 +41,12 @@ def boot_in_qemu(guest: DefaultGuest, tmp_path: Path) -> Callable[..., bytes]:
             timer = threading.Timer(120, process.kill)
             timer.start()
             console = b""
-            if typed:  # at the prompt: QEMU's UART loses what comes before Linux opened it
-                while not console.endswith(b" # ") and (byte := process.stdout.read(1)):
-                    console += byte
-                process.stdin.write(typed)
+            # Each line at its prompt: QEMU's UART loses what comes before Linux opened it, or while its FIFO is full.
+            for line in typed.splitlines(keepends=True):
+                while (byte := process.stdout.read(1)) and not (console := console + byte).endswith(b" # "):
+                    pass
+                process.stdin.write(line)
+                process.stdin.flush()
             process.stdin.close()
             console += process.stdout.read()
             timer.cancel()
