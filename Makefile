@@ -12,7 +12,7 @@ RUST := engine/Cargo.toml engine/Cargo.lock $(shell find engine/src -name '*.rs'
 ARCH := $(shell uname -m)
 AGENT := src/kvmkit/guest/agent-$(ARCH)
 AGENT_OPTIONS := --release --target $(ARCH)-unknown-linux-gnu
-WRITTEN := src tests bench testbed docs
+WRITTEN := src tests bench testbed docs tools
 HEADERS := '^linux-headers-6\.[^-]*-common$$'  # the kernel's newest, as another witness of its structs
 
 .DELETE_ON_ERROR:

@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ BEDS = {
         "ttyS0",
         "linux-image-6.12-cloud-amd64",
         ["irqbypass", "kvm", "kvm-amd"],
-        ["python3.11-minimal", "libpython3.11-stdlib", "busybox-static", "binutils"],
+        ["python3.11-minimal", "libpython3.11-stdlib", "libpython3.11", "busybox-static", "binutils"],
         "manylinux2014_x86_64",
     ),
     "arm64": Bed(
@@ -89,12 +90,18 @@ BEDS = {
         "manylinux2014_aarch64",
     ),
 }
-WHEELS = ("pytest", "hypothesis", "click", "dacite", "fdt")
+WHEELS = (
+    "pytest",
+    "hypothesis",
+    *tomllib.loads((TREE / "pyproject.toml").read_text())["project"]["dependencies"],
+)
+"""The tests' and kvmkit's own."""
 IN_TREE = (
-    "src/kvmkit/**/*",
+    "src/kvmkit/**/*.py",
     "tests/conftest.py",
     "tests/kvm/**/*.py",
     "tests/uapi/**/*.py",
+    "docs/kvm-api/*.txt",
 )
 UNUSED = re.compile(
     r"(\./)?(boot|usr/share|usr/include|usr/lib/modules|lib/modules|etc/(?!passwd))/.*|.*/ldscripts/.*|.*\.a"
@@ -242,7 +249,8 @@ def job_archive(bed: Bed, directory: Path, script: str, linux: bool) -> bytes:
     """The working tree, what L1 shall do, and for a Linux on top of it (`linux`) what that takes: a cpio archive."""
     output = io.BytesIO()
     archive = CpioWriter(output)
-    add_tree(archive, TREE, "kvmkit", IN_TREE)
+    built = ("src/kvmkit/*.so", "src/kvmkit/guest/*") if bed.architecture == "amd64" else ()  # for x86-64
+    add_tree(archive, TREE, "kvmkit", (*IN_TREE, *built))
     archive.file("kvmkit/pyproject.toml", (TREE / "pyproject.toml").read_bytes())
     archive.file("job", script.encode())
     if linux and bed.architecture == "arm64":
@@ -372,10 +380,18 @@ def run_with_retry(bed: Bed, directory: Path, job: Job) -> Outcome:
     return outcome
 
 
+def record(lines: Sequence[str]) -> None:
+    """Write the evidence that tests/kvm/evidence.py printed."""
+    found = [match for line in lines if (match := re.fullmatch(r"kvm-api: (\S+) (.*)", line))]
+    for environment in {match[1] for match in found}:
+        text = "".join(match[2] + "\n" for match in found if match[1] == environment)
+        (TREE / "docs" / "kvm-api" / f"{environment}.txt").write_text(text)
+
+
 # The command.
 
 
-def jobs(name: str, quick: bool, tests: Sequence[str], shell: str | None) -> list[Job]:
+def jobs(name: str, quick: bool, record: bool, tests: Sequence[str], shell: str | None) -> list[Job]:
     """What was asked for."""
     if shell is not None:
         return [Job("shell", shell, 3600, linux=True, expect=".*")]
@@ -384,20 +400,19 @@ def jobs(name: str, quick: bool, tests: Sequence[str], shell: str | None) -> lis
         selection = "tests/kvm"
         if quick:
             selection = "-m 'not slow' " + selection
-    pytest = (
-        "export KVMKIT_TEST_ENGINES=linux; python3.11 -m pytest -v -p no:cacheprovider -p no:hypothesispytest"
-    )
+    environment = f"KVMKIT_TEST_ENGINES=linux KVMKIT_RECORD_KVM_API={'print' if record else ''}"
+    pytest = f"{environment} python3.11 -m pytest -v -p no:cacheprovider -p no:hypothesispytest"
     found = [Job("suite", f"uname -rm; {pytest} {selection}\n", 1800, expect=r"=+ .*\b[1-9]\d* passed\b.*=+")]
     if not tests:
         kvmkit = "python3.11 -c 'from kvmkit.cli import main; main()'"
         if name == "amd":
-            boot = f"{kvmkit} run --engine kvm --verbose --timeout 100 -- uname -r\n"
-            found.append(Job("linux boot", boot, 150, linux=True, expect=r"\d+\.\d+\.\d+\S*"))
+            boot = f"{kvmkit} run --engine kvm --verbose --timeout 200 -- uname -r\n"
+            found.append(Job("linux boot", boot, 300, linux=True, expect=r"\d+\.\d+\.\d+\S*"))
         else:
             # Compiling what both of kvmkit's processes import takes longer than the boot: once is enough.
             cached = "export PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=/tmp/bytecode"
             boot = f"{cached}; {kvmkit} run --engine kvm --cpus 2 --timeout 200 -- uname -m\n"
-            found.append(Job("linux boot", boot, 240, linux=True, expect="aarch64"))
+            found.append(Job("linux boot", boot, 300, linux=True, expect="aarch64"))
     return found
 
 
@@ -409,6 +424,7 @@ def main() -> int:
     parser.add_argument("bed", choices=BEDS, help="the real KVM to test on")
     parser.add_argument("tests", nargs="*", metavar="TEST", help="tests for pytest, or options after --")
     parser.add_argument("--quick", action="store_true", help="leave out what is marked slow")
+    parser.add_argument("--record", action="store_true", help="write docs/kvm-api/kvm-BED.txt of what passed")
     parser.add_argument("--shell", metavar="SCRIPT", help="run a shell script in L1 instead")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -419,12 +435,14 @@ def main() -> int:
         if shutil.which(bed.qemu[0]) is None:
             raise BedError(f"no {bed.qemu[0]} here: install Debian's package for it")
         directory = system(bed)
-        for job in jobs(options.bed, options.quick, options.tests, options.shell):
+        for job in jobs(options.bed, options.quick, options.record, options.tests, options.shell):
             outcome = run_with_retry(bed, directory, job)
             passed = succeeded(job, outcome)
             failed |= not passed
             matching = [line for line in outcome.lines if re.fullmatch(job.expect, line)]
             last = matching[-1].strip("= ") if matching else "nothing that was expected"
+            if options.record and passed:
+                record(outcome.lines)
             results.append(f"{job.name}: {'passed' if passed else 'FAILED'}, {outcome.seconds:.0f} s: {last}")
     except (BedError, GuestError) as error:
         say(str(error))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +10,19 @@ import pytest
 import kvmkit.kvm
 from kvmkit.kvm import ENGINES, Kvm
 from kvmkit.uapi.capabilities import CAPABILITIES
+
+from . import evidence
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect evidence for docs/kvm-api.md."""
+    config.pluginmanager.register(evidence.Plugin())
+    watched = [import_module("kvmkit.kvm.linux.main")]
+    watched.append(import_module(f"kvmkit.kvm.linux.{'arm64' if os.uname().machine == 'aarch64' else 'x86'}"))
+    if find_spec("kvmkit._engine") is not None:
+        watched.append(import_module("kvmkit.kvm.soft.main"))
+    for module in watched:
+        evidence.watch(module)
 
 
 # A test bed has the kernel's KVM alone to test.

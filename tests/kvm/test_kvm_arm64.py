@@ -61,6 +61,14 @@ def vcpu(vm: Vm) -> Iterator[Vcpu]:
         yield vcpu
 
 
+@pytest.mark.backs(
+    "KVM_RUN",
+    "KVM_CREATE_VM",
+    "KVM_CREATE_VCPU",
+    "KVM_SET_USER_MEMORY_REGION",
+    "KVM_ARM_PREFERRED_TARGET",
+    "KVM_ARM_VCPU_INIT",
+)
 def test_mmio_and_power_off(vcpu: Vcpu) -> None:
     exit_ = vcpu.run()
     assert isinstance(exit_, Mmio)
@@ -77,6 +85,7 @@ def test_mmio_and_power_off(vcpu: Vcpu) -> None:
     assert vcpu.get_one_reg(arm64.x_reg(5)) == 0xAA
 
 
+@pytest.mark.backs("KVM_GET_ONE_REG", "KVM_SET_ONE_REG")
 def test_registers(vcpu: Vcpu) -> None:
     values = {arm64.x_reg(n): 0x1111111111111111 * (n % 15) + n for n in range(31)}
     values[arm64.REG_SP] = 0x40008000
@@ -88,6 +97,7 @@ def test_registers(vcpu: Vcpu) -> None:
     assert {id: vcpu.get_one_reg(id) for id in values} == values
 
 
+@pytest.mark.backs("KVM_GET_REG_LIST")
 def test_reg_list(vcpu: Vcpu) -> None:
     ids = vcpu.get_reg_list()
     assert len(ids) > 100
@@ -112,6 +122,7 @@ def test_run_before_init(vm: Vm) -> None:
     assert error.value.errno == errno.ENOEXEC
 
 
+@pytest.mark.backs("KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "KVM_GET_MP_STATE", "KVM_SET_MP_STATE")
 def test_events_and_mp_state(vcpu: Vcpu) -> None:
     vcpu.set_vcpu_events(vcpu.get_vcpu_events())
     assert vcpu.get_mp_state() == common.KVM_MP_STATE_RUNNABLE
@@ -127,11 +138,13 @@ def test_immediate_exit(vcpu: Vcpu) -> None:
     assert isinstance(vcpu.run(), Mmio)
 
 
+@pytest.mark.backs("KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE")
 def test_probe(system: Kvm) -> None:
     assert probe.capabilities(system)["KVM_CAP_ONE_REG"] == 1
     assert probe.supervisor_mips(system) > 0.01
 
 
+@pytest.mark.backs("KVM_CREATE_DEVICE", "KVM_HAS_DEVICE_ATTR", "KVM_SET_DEVICE_ATTR", "KVM_IRQ_LINE")
 def test_vgic_v3(vm: Vm, vcpu: Vcpu) -> None:
     try:
         device = vm.create_device(common.KVM_DEV_TYPE_ARM_VGIC_V3)

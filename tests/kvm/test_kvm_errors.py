@@ -21,6 +21,7 @@ def ioapic_route(gsi: int, pin: int) -> kvm_irq_routing_entry:
     return irqchip_route(gsi, KVM_IRQCHIP_IOAPIC, pin)
 
 
+@pytest.mark.backs("KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE")
 def test_system(kvm: Kvm) -> None:
     assert kvm.get_api_version() == 12
     assert kvm.get_vcpu_mmap_size() >= 4096

@@ -132,6 +132,7 @@ def ioapic_guest(pin: int, low: int = VECTOR) -> str:
     """
 
 
+@pytest.mark.backs("KVM_CREATE_IRQCHIP", "KVM_IRQ_LINE")
 @pytest.mark.parametrize("make", [pic_guest, ioapic_guest])
 def test_irq_line(kvm: Kvm, make: Callable[[int], str]) -> None:
     """Each rising edge is one interrupt."""
@@ -187,6 +188,7 @@ def test_masked_ioapic_pin_is_not_delivered(kvm: Kvm) -> None:
         assert port(guest) == MARKER
 
 
+@pytest.mark.backs("KVM_IRQFD")
 def test_irqfd(kvm: Kvm, eventfd: int) -> None:
     with Guest(kvm, ioapic_guest(4), irqchip=True) as guest:
         guest.vm.irqfd(eventfd, 4)
@@ -199,6 +201,7 @@ def test_irqfd(kvm: Kvm, eventfd: int) -> None:
         assert os.eventfd_read(eventfd) == 1  # nobody else reads it any more
 
 
+@pytest.mark.backs("KVM_SIGNAL_MSI")
 def test_msi(kvm: Kvm) -> None:
     with Guest(kvm, ioapic_guest(4), irqchip=True) as guest:
         assert port(guest) == READY
@@ -207,6 +210,7 @@ def test_msi(kvm: Kvm) -> None:
             assert port(guest) == DELIVERED
 
 
+@pytest.mark.backs("KVM_SET_GSI_ROUTING")
 def test_msi_by_irqfd_and_routing(kvm: Kvm, eventfd: int) -> None:
     with Guest(kvm, ioapic_guest(4), irqchip=True) as guest:
         guest.vm.set_gsi_routing([irqchip_route(4, KVM_IRQCHIP_IOAPIC, 4), msi_route(30, LAPIC, VECTOR)])
@@ -218,12 +222,13 @@ def test_msi_by_irqfd_and_routing(kvm: Kvm, eventfd: int) -> None:
         assert port(guest) == DELIVERED
 
 
+@pytest.mark.backs("KVM_CREATE_PIT2")
 def test_pit_ticks(kvm: Kvm) -> None:
     """Channel 0 as a rate generator of 1 ms raises IRQ 0 again and again."""
     program = "mov al, 0x34\nout 0x43, al\nmov ax, 1193\nout 0x40, al\nmov al, ah\nout 0x40, al\n"
     with Guest(kvm, pic_guest(0).replace("pic 0\n", "pic 0\n" + program), irqchip=True, pit=True) as guest:
-        assert port(guest) == READY
-        assert [port(guest) for _ in range(3)] == [DELIVERED] * 3
+        ports = [port(guest) for _ in range(4)]  # on a slow machine the first tick comes before READY
+        assert sorted(ports) == [READY] + [DELIVERED] * 3
         channel = guest.vm.get_pit2().channels[0]
         assert (channel.mode, channel.count) == (2, 1193)
 
@@ -295,6 +300,7 @@ def test_lapic_timer_counts_down(kvm: Kvm) -> None:
         assert port(guest) == READY
 
 
+@pytest.mark.backs("KVM_NMI")
 def test_nmi(kvm: Kvm) -> None:
     """An NMI comes though interrupts are off."""
     with Guest(
@@ -305,6 +311,7 @@ def test_nmi(kvm: Kvm) -> None:
         assert port(guest) == DELIVERED
 
 
+@pytest.mark.backs("KVM_INTERRUPT")
 def test_kvm_interrupt_and_window(kvm: Kvm) -> None:
     """Without interrupt chips: ask for a window, then queue a vector."""
     code = f"set_gate {VECTOR}, handler\nload_idt\nout {READY}, al\nnop\nsti\nnop\nnop\nspin: jmp spin\nhandler: out {DELIVERED}, al"

@@ -19,6 +19,7 @@ from kvmkit.uapi.common import (
 MMIO = 0x10000000
 
 
+@pytest.mark.backs("KVM_RUN")
 @pytest.mark.parametrize("bits", [16, 32, 64])
 @pytest.mark.parametrize(
     ("code", "port", "data"),
@@ -208,6 +209,7 @@ def test_write_from_memory_into_mmio(kvm: Kvm) -> None:
         assert guest.memory.read(end, 4) == b"\x88\x77\x66\x55"
 
 
+@pytest.mark.backs("KVM_IOEVENTFD")
 @pytest.mark.parametrize(
     ("code", "address", "length", "flags", "datamatch", "signalled"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvmkit.kvm import Kvm, Vcpu
-from kvmkit.kvm.exits import Debug, Hlt, InternalError, Io
+from kvmkit.kvm.exits import Debug, Hlt, InternalError, Io, Shutdown
 from kvmkit.testing import CODE, DATA, Guest
 from kvmkit.uapi import x86
 from kvmkit.uapi.common import (
@@ -36,6 +36,7 @@ def vcpu(guest: Guest) -> Vcpu:
     return guest.vcpu
 
 
+@pytest.mark.backs("KVM_GET_REGS", "KVM_SET_REGS")
 def test_regs(vcpu: Vcpu) -> None:
     values = {name: 0x1111111111111111 * (i % 15 + 1) ^ i for i, name in enumerate(REGISTERS)}
     values["rflags"] = 0xAD7
@@ -60,6 +61,7 @@ def test_regs_are_what_the_guest_sees(kvm: Kvm) -> None:
         assert regs.rip == CODE + len(guest.memory.read(CODE, 4096).rstrip(b"\0"))
 
 
+@pytest.mark.backs("KVM_GET_SREGS", "KVM_SET_SREGS")
 def test_sregs(vcpu: Vcpu) -> None:
     sregs = vcpu.get_sregs()
     sregs.fs.base, sregs.gs.base = 0x7F0000001000, 0xFFFF888000000000
@@ -74,6 +76,7 @@ def test_sregs(vcpu: Vcpu) -> None:
         assert getattr(again, name) == getattr(sregs, name), name
 
 
+@pytest.mark.backs("KVM_CREATE_VM", "KVM_CREATE_VCPU")
 def test_real_mode_reset_state(kvm: Kvm) -> None:
     """A new vCPU is as after RESET: F000:FFF0 (SDM vol. 3, table 10-1)."""
     with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
@@ -84,6 +87,7 @@ def test_real_mode_reset_state(kvm: Kvm) -> None:
         assert (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) == (0x60000010, 0, 0, 0)
 
 
+@pytest.mark.backs("KVM_GET_FPU", "KVM_SET_FPU")
 def test_fpu(vcpu: Vcpu) -> None:
     fpu = vcpu.get_fpu()
     fpu.fcw = 0x27F
@@ -95,6 +99,7 @@ def test_fpu(vcpu: Vcpu) -> None:
     assert [bytes(again.xmm[i]) for i in range(16)] == [bytes(range(i, i + 16)) for i in range(16)]
 
 
+@pytest.mark.backs("KVM_GET_XSAVE", "KVM_SET_XSAVE")
 def test_xsave(vcpu: Vcpu, needs: Callable[[str], int]) -> None:
     needs("KVM_CAP_XSAVE")
     area = vcpu.get_xsave()
@@ -107,6 +112,7 @@ def test_xsave(vcpu: Vcpu, needs: Callable[[str], int]) -> None:
     assert bytes(vcpu.get_fpu().xmm[0])[:4] == (0x12345678).to_bytes(4, "little")
 
 
+@pytest.mark.backs("KVM_GET_XSAVE2")
 def test_xsave2(guest: Guest, needs: Callable[[str], int]) -> None:
     size_bytes = needs("KVM_CAP_XSAVE2")
     area = guest.vcpu.get_xsave2()
@@ -115,6 +121,7 @@ def test_xsave2(guest: Guest, needs: Callable[[str], int]) -> None:
     assert guest.vcpu.get_xsave2() == area
 
 
+@pytest.mark.backs("KVM_GET_XCRS", "KVM_SET_XCRS")
 def test_xcrs(vcpu: Vcpu, needs: Callable[[str], int]) -> None:
     needs("KVM_CAP_XCRS")
     xcrs = vcpu.get_xcrs()
@@ -138,6 +145,7 @@ MSRS = {
 }
 
 
+@pytest.mark.backs("KVM_GET_MSRS", "KVM_SET_MSRS")
 def test_msrs(vcpu: Vcpu) -> None:
     assert vcpu.set_msrs(MSRS) == len(MSRS)
     assert vcpu.get_msrs(MSRS) == MSRS
@@ -160,12 +168,14 @@ def test_msrs_end_at_the_first_that_fails(vcpu: Vcpu) -> None:
     assert vcpu.set_msrs({0xC0000081: 1 << 32, unknown: 0, 0xC0000084: 0}) == 1
 
 
+@pytest.mark.backs("KVM_GET_MSR_INDEX_LIST")
 def test_msr_index_list(kvm: Kvm) -> None:
     indices = kvm.get_msr_index_list()
     assert {0xC0000080, 0xC0000081, 0xC0000082, 0x10} <= set(indices) | {0xC0000080}
     assert len(indices) == len(set(indices))
 
 
+@pytest.mark.backs("KVM_GET_SUPPORTED_CPUID", "KVM_SET_CPUID2", "KVM_GET_CPUID2")
 def test_cpuid2(kvm: Kvm) -> None:
     supported = kvm.get_supported_cpuid()
     by_leaf = {(entry.function, entry.index): entry for entry in supported}
@@ -184,6 +194,7 @@ def test_cpuid2(kvm: Kvm) -> None:
         assert values == [0x11223344, 0x55667788]
 
 
+@pytest.mark.backs("KVM_GET_LAPIC", "KVM_SET_LAPIC")
 def test_lapic(vcpu: Vcpu) -> None:
     lapic = vcpu.get_lapic()
     assert lapic.regs[0x30] & 0xF0 == 0x10  # version
@@ -198,12 +209,14 @@ def test_lapic(vcpu: Vcpu) -> None:
     assert vcpu.get_sregs().cr8 == 2
 
 
+@pytest.mark.backs("KVM_GET_MP_STATE", "KVM_SET_MP_STATE")
 @pytest.mark.parametrize("state", [KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE])
 def test_mp_state(vcpu: Vcpu, state: int) -> None:
     vcpu.set_mp_state(state)
     assert vcpu.get_mp_state() == state
 
 
+@pytest.mark.backs("KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS")
 def test_vcpu_events(vcpu: Vcpu) -> None:
     events = vcpu.get_vcpu_events()
     assert events.nmi.masked == 0
@@ -218,6 +231,7 @@ def test_vcpu_events(vcpu: Vcpu) -> None:
     )  # SVM knows one kind of shadow and reports both
 
 
+@pytest.mark.backs("KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS")
 def test_debugregs(vcpu: Vcpu) -> None:
     debugregs = x86.kvm_debugregs(dr6=0xFFFF0FF0, dr7=0x400)
     debugregs.db[:] = [0x1000, 0x2000, 0x3000, 0x4000]
@@ -226,6 +240,7 @@ def test_debugregs(vcpu: Vcpu) -> None:
     assert (list(again.db), again.dr6, again.dr7) == ([0x1000, 0x2000, 0x3000, 0x4000], 0xFFFF0FF0, 0x400)
 
 
+@pytest.mark.backs("KVM_GET_PIT2", "KVM_SET_PIT2")
 def test_pit2(guest: Guest) -> None:
     state = guest.vm.get_pit2()
     state.channels[2].count, state.channels[2].mode, state.channels[2].rw_mode = 0x4000, 3, 3
@@ -234,6 +249,7 @@ def test_pit2(guest: Guest) -> None:
     assert (channel.count, channel.mode, channel.rw_mode) == (0x4000, 3, 3)
 
 
+@pytest.mark.backs("KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP")
 @pytest.mark.parametrize("chip_id", [x86.KVM_IRQCHIP_PIC_MASTER, x86.KVM_IRQCHIP_PIC_SLAVE])
 def test_pic(guest: Guest, chip_id: int) -> None:
     chip = guest.vm.get_irqchip(chip_id)
@@ -243,6 +259,7 @@ def test_pic(guest: Guest, chip_id: int) -> None:
     assert (pic.imr, pic.irq_base) == (0xA5, 0x38)
 
 
+@pytest.mark.backs("KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP")
 def test_ioapic(guest: Guest) -> None:
     chip = guest.vm.get_irqchip(x86.KVM_IRQCHIP_IOAPIC)
     assert chip.chip.ioapic.base_address == 0xFEC00000
@@ -259,6 +276,7 @@ def test_ioapic(guest: Guest) -> None:
     )
 
 
+@pytest.mark.backs("KVM_GET_CLOCK", "KVM_SET_CLOCK")
 def test_clock(guest: Guest) -> None:
     first = guest.vm.get_clock().clock
     assert guest.vm.get_clock().clock >= first
@@ -267,11 +285,13 @@ def test_clock(guest: Guest) -> None:
     assert 10**15 <= guest.vm.get_clock().clock < 10**15 + 60 * 10**9
 
 
+@pytest.mark.backs("KVM_GET_TSC_KHZ")
 def test_tsc_khz(vcpu: Vcpu, needs: Callable[[str], int]) -> None:
     needs("KVM_CAP_GET_TSC_KHZ")
     assert 100_000 < vcpu.get_tsc_khz() < 10_000_000
 
 
+@pytest.mark.backs("KVM_TRANSLATE")
 def test_translate(vcpu: Vcpu) -> None:
     """The guest maps the first 4 GiB to themselves and nothing else."""
     translation = vcpu.translate(0x12345678)
@@ -285,6 +305,7 @@ def dirty_pages(guest: Guest) -> set[int]:
     return {page for page in range(guest.memory.size_bytes >> 12) if log >> page & 1}
 
 
+@pytest.mark.backs("KVM_GET_DIRTY_LOG", "KVM_SET_USER_MEMORY_REGION")
 def test_dirty_log(kvm: Kvm) -> None:
     """A logged slot reports the pages that the guest wrote since the last call; it may report some that were read."""
     code = f"mov byte ptr [{DATA}], 1\nmov byte ptr [{DATA + 0x47000}], 1\nmov al, [{DATA + 0x50000}]\nout 0x10, al\nhlt"
@@ -312,6 +333,7 @@ def test_read_only_slot_exits_on_write(kvm: Kvm, needs: Callable[[str], int]) ->
         assert guest.run() == Hlt()
 
 
+@pytest.mark.backs("KVM_SET_USER_MEMORY_REGION")
 def test_deleted_slot_exits(kvm: Kvm) -> None:
     with Guest(kvm, f"mov al, [{0x200000}]\nout 0x10, al\nmov al, [{0x200000}]\nhlt") as guest:
         guest.vm.set_user_memory_region(1, 0x200000, 0x1000, guest.memory.address + 0x50000)
@@ -321,6 +343,7 @@ def test_deleted_slot_exits(kvm: Kvm) -> None:
         assert exit_.phys_addr == 0x200000
 
 
+@pytest.mark.backs("KVM_SET_GUEST_DEBUG")
 def test_single_step(kvm: Kvm, needs: Callable[[str], int]) -> None:
     needs("KVM_CAP_SET_GUEST_DEBUG")
     with Guest(kvm, "nop\nmov eax, 5\nhlt") as guest:
@@ -334,6 +357,7 @@ def test_single_step(kvm: Kvm, needs: Callable[[str], int]) -> None:
         assert seen == [CODE + 1, CODE + 6]
 
 
+@pytest.mark.backs("KVM_SET_GUEST_DEBUG")
 def test_breakpoints(kvm: Kvm, needs: Callable[[str], int]) -> None:
     needs("KVM_CAP_SET_GUEST_DEBUG")
     with Guest(kvm, f"nop\nmov [{DATA}], eax\nnop\nint3\nhlt") as guest:
@@ -345,6 +369,10 @@ def test_breakpoints(kvm: Kvm, needs: Callable[[str], int]) -> None:
         debug.arch.debugreg[7] = 0x400 | 1 | 1 << 2 | 0b1101 << 20  # 0: an instruction; 1: writes of 4 bytes
         guest.vcpu.set_guest_debug(debug)
         at_instruction = guest.run()
+        if guest.engine == "linux" and at_instruction == Shutdown():
+            pytest.skip(
+                "linux: below this KVM is QEMU's TCG, which gives the guest the #DB that SVM intercepts"
+            )
         assert isinstance(at_instruction, Debug)
         arch = at_instruction.arch
         assert (arch.exception, arch.pc, arch.dr6 & 0xF) == (1, CODE + 1, 1)

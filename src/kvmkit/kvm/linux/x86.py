@@ -23,8 +23,10 @@ class _Tables(Fd):
         count = 64
         while True:
             table = Flexible(x.kvm_cpuid2, x.kvm_cpuid_entry2, count)
-            # Older kernels (6.1) leave `nent` of KVM_GET_CPUID2 as it was: what it didn't fill in is known by this pattern.
-            ctypes.memset(table.entries, 0xFF, ctypes.sizeof(table.entries))
+            if request == x.KVM_GET_CPUID2:
+                # Older kernels (6.1) leave `nent` as it was: what they didn't fill in is known by this pattern. (Others of
+                # these ioctls want zeros.)
+                ctypes.memset(table.entries, 0xFF, ctypes.sizeof(table.entries))
             table.head.nent = count
             try:
                 self._ioctl(request, table.buffer)
