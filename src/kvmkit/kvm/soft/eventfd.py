@@ -36,12 +36,14 @@ def irqfd(vm: _engine.Vm, fd: int, gsi: int, flags: int) -> None:
 def ioeventfd(vm: _engine.Vm, addr: int, len: int, fd: int, datamatch: int, flags: int) -> None:
     """KVM_IOEVENTFD. EINVAL: unknown flags, lengths, no eventfd; EBADF: not open; EEXIST: taken; ENOENT: not assigned."""
     name = "KVM_IOEVENTFD"
-    if len not in (0, 1, 2, 4, 8) or flags & ~_IOEVENTFD_FLAGS or addr + len >= 1 << 64:
-        raise ioctl_error(name, errno.EINVAL)
     match = datamatch if flags & c.KVM_IOEVENTFD_FLAG_DATAMATCH else None
-    if len == 0 and match is not None:
-        raise ioctl_error(name, errno.EINVAL, "datamatch needs a length")
-    change = vm.remove_ioeventfd if flags & c.KVM_IOEVENTFD_FLAG_DEASSIGN else vm.add_ioeventfd
+    change = vm.remove_ioeventfd
+    if not flags & c.KVM_IOEVENTFD_FLAG_DEASSIGN:  # what never was there is looked for in vain
+        change = vm.add_ioeventfd
+        if len not in (0, 1, 2, 4, 8) or flags & ~_IOEVENTFD_FLAGS or addr + len >= 1 << 64:
+            raise ioctl_error(name, errno.EINVAL)
+        if len == 0 and match is not None:
+            raise ioctl_error(name, errno.EINVAL, "datamatch needs a length")
     try:
         change(addr, len, fd, match, bool(flags & c.KVM_IOEVENTFD_FLAG_PIO))
     except OSError as error:

@@ -14,6 +14,8 @@ from kvmkit.uapi.errors import ioctl_error
 _PIC_PORTS = frozenset(i8259.PORTS)
 _PIT_PORTS = frozenset(i8254.PORTS)
 
+MAX_GSIS = 4096
+
 _Pin = tuple[int, int]
 """KVM_IRQCHIP_* and pin."""
 
@@ -199,9 +201,9 @@ def _parse(
     pins: dict[int, list[_Pin]] = {}
     msis: _Msis = {}
     for e in entries:
-        if e.gsi >= 4096:
-            raise ioctl_error(name, errno.EINVAL, f"GSI {e.gsi} is 4096 or more")
-        if e.flags:
+        if e.gsi >= MAX_GSIS:
+            raise ioctl_error(name, errno.EINVAL, f"GSI {e.gsi} is {MAX_GSIS} or more")
+        if e.flags & ~(c.KVM_MSI_VALID_DEVID if e.type == c.KVM_IRQ_ROUTING_MSI else 0):
             raise ioctl_error(name, errno.EINVAL, f"flags {e.flags:#x} of GSI {e.gsi}")
         if e.gsi in msis or (e.type == c.KVM_IRQ_ROUTING_MSI and e.gsi in pins):
             raise ioctl_error(name, errno.EINVAL, f"GSI {e.gsi}: nothing beside a message")

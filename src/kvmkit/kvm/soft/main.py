@@ -17,7 +17,7 @@ from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
 from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.coalesced_mmio import CoalescedMmio
-from kvmkit.kvm.soft.irqchip import IrqChip, SplitIrqChip
+from kvmkit.kvm.soft.irqchip import MAX_GSIS, IrqChip, SplitIrqChip
 from kvmkit.kvm.soft.memslots import MANUAL_PROTECT, MAX_SLOTS, MemSlots
 from kvmkit.kvm.soft.x86 import ioapic
 from kvmkit.kvm.soft.x86.cpuid import get_supported_cpuid
@@ -42,8 +42,14 @@ _MAX_VCPUS = 64
 _EXTINT = 1 << 16
 """The engine's own exit reason: the PIC is asked for a vector."""
 
+_CR4_NOT_OFFERED = 1 << 13 | 1 << 14 | 1 << 15 | 1 << 19
+"""VMX, SMX, a reserved bit, key locker."""
+
 _EVENT_FLAGS = (
-    x.KVM_VCPUEVENT_VALID_NMI_PENDING | x.KVM_VCPUEVENT_VALID_SIPI_VECTOR | x.KVM_VCPUEVENT_VALID_SHADOW
+    x.KVM_VCPUEVENT_VALID_NMI_PENDING
+    | x.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    | x.KVM_VCPUEVENT_VALID_SHADOW
+    | x.KVM_VCPUEVENT_VALID_SMM
 )
 
 _CLOCK_FLAGS = c.KVM_CLOCK_TSC_STABLE | c.KVM_CLOCK_REALTIME | c.KVM_CLOCK_HOST_TSC
@@ -110,6 +116,7 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_PIT: 1,
     capabilities.KVM_CAP_IRQ_INJECT_STATUS: 1,
     capabilities.KVM_CAP_SPLIT_IRQCHIP: 1,
+    capabilities.KVM_CAP_DEVICE_CTRL: 1,
     capabilities.KVM_CAP_ENABLE_CAP: 1,
     capabilities.KVM_CAP_ENABLE_CAP_VM: 1,
     capabilities.KVM_CAP_SYS_ATTRIBUTES: 1,
@@ -296,8 +303,8 @@ class Vm(_Descriptor, contract.Vm):
             case capabilities.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
                 self.slots.enable_manual_protect(argument)
             case capabilities.KVM_CAP_SPLIT_IRQCHIP:
-                if not 0 <= argument <= ioapic.PINS:
-                    raise ioctl_error(name, errno.EINVAL, f"{argument} pins: at most {ioapic.PINS}")
+                if not 0 <= argument <= MAX_GSIS:
+                    raise ioctl_error(name, errno.EINVAL, f"{argument} pins: at most {MAX_GSIS}")
                 if self.irqchip or self._vcpus:
                     raise ioctl_error(name, errno.EEXIST, "there are interrupt chips or vCPUs")
                 self._vm.create_lapics()
@@ -366,7 +373,9 @@ class Vm(_Descriptor, contract.Vm):
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
         """KVM_IRQFD; resampling isn't offered."""
-        self._apics("KVM_IRQFD", errno.EINVAL)
+        self._check("KVM_IRQFD")
+        if not flags & c.KVM_IRQFD_FLAG_DEASSIGN:
+            self._apics("KVM_IRQFD", errno.EINVAL)
         eventfd.irqfd(self._vm, fd, gsi, flags)
 
     def ioeventfd(self, addr: int, len: int, fd: int, datamatch: int = 0, flags: int = 0) -> None:
@@ -377,9 +386,16 @@ class Vm(_Descriptor, contract.Vm):
     def signal_msi(self, address: int, data: int, flags: int = 0, devid: int = 0) -> int:
         """KVM_SIGNAL_MSI."""
         self._apics("KVM_SIGNAL_MSI", errno.EINVAL)
-        if flags:
+        if flags & ~c.KVM_MSI_VALID_DEVID:
             raise ioctl_error("KVM_SIGNAL_MSI", errno.EINVAL, f"flags {flags:#x}")
+        if not self._vcpus:  # the kernel's -1 for "nobody", which is this errno's number
+            raise ioctl_error("KVM_SIGNAL_MSI", errno.EPERM, "there is no local APIC")
         return self._vm.signal_msi(address, data)
+
+    def create_device(self, type: int, flags: int = 0) -> contract.Device:
+        """KVM_CREATE_DEVICE: there are none."""
+        self._check("KVM_CREATE_DEVICE")
+        raise ioctl_error("KVM_CREATE_DEVICE", errno.ENODEV, f"no device of type {type}")
 
     # x86.
 
@@ -635,6 +651,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
     def set_sregs(self, sregs: x.kvm_sregs) -> None:
         """KVM_SET_SREGS."""
         self._check("KVM_SET_SREGS")
+        _check_sregs("KVM_SET_SREGS", sregs)
         _named("KVM_SET_SREGS", self._vcpu.set_sregs, bytes(sregs))
 
     def get_sregs2(self) -> x.kvm_sregs2:
@@ -656,6 +673,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         valid = sregs.flags & x.KVM_SREGS2_FLAGS_PDPTRS_VALID
         if sregs.flags & ~x.KVM_SREGS2_FLAGS_PDPTRS_VALID or (valid and not _has_pdptrs(sregs)):
             raise ioctl_error(name, errno.EINVAL, f"flags {sregs.flags:#x}")
+        _check_sregs(name, sregs)
         old = x.kvm_sregs.from_buffer_copy(bytes(sregs)[: ctypes.sizeof(x.kvm_sregs)])
         old.interrupt_bitmap[:] = [0] * 4  # kvm_sregs2 says nothing of the interrupt that waits: it stays
         events = self._vcpu.get_vcpu_events()
@@ -699,9 +717,18 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_SET_XCRS")
         if xcrs.nr_xcrs > 16 or xcrs.flags:
             raise ioctl_error("KVM_SET_XCRS", errno.EINVAL)
+        offered = 1  # x87, and what the guest's CPUID says
+        for function, index, _, eax, _, _, edx in self._vcpu.get_cpuid():
+            if (function, index) == (0xD, 0):
+                offered |= edx << 32 | eax
         for entry in xcrs.xcrs[: xcrs.nr_xcrs]:
             if entry.xcr == 0:
+                if entry.value & ~offered:
+                    raise ioctl_error(
+                        "KVM_SET_XCRS", errno.EINVAL, f"XCR0 {entry.value:#x}: CPUID offers {offered:#x}"
+                    )
                 _named("KVM_SET_XCRS", self._vcpu.set_xcr0, entry.value)
+                break  # the first counts
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """KVM_GET_MSRS: stops at the first that doesn't exist, as the kernel does."""
@@ -766,13 +793,21 @@ class Vcpu(_Descriptor, contract.Vcpu):
     def get_vcpu_events(self) -> x.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
         self._check("KVM_GET_VCPU_EVENTS")
-        return x.kvm_vcpu_events.from_buffer_copy(self._vcpu.get_vcpu_events())
+        events = x.kvm_vcpu_events.from_buffer_copy(self._vcpu.get_vcpu_events())
+        events.flags |= x.KVM_VCPUEVENT_VALID_SMM  # there is none, and that is what it says
+        return events
 
     def set_vcpu_events(self, events: x.kvm_vcpu_events | arm64.kvm_vcpu_events) -> None:
         """KVM_SET_VCPU_EVENTS."""
         self._check("KVM_SET_VCPU_EVENTS")
         if events.flags & ~_EVENT_FLAGS:
             raise ioctl_error("KVM_SET_VCPU_EVENTS", errno.EINVAL, f"flags {events.flags:#x}")
+        if (
+            isinstance(events, x.kvm_vcpu_events)
+            and events.flags & x.KVM_VCPUEVENT_VALID_SMM
+            and (events.smi.smm or events.smi.pending or events.smi.smm_inside_nmi)
+        ):
+            raise ioctl_error("KVM_SET_VCPU_EVENTS", errno.EINVAL, "there is no system management mode")
         _named("KVM_SET_VCPU_EVENTS", self._vcpu.set_vcpu_events, bytes(events))
 
     def get_debugregs(self) -> x.kvm_debugregs:
@@ -818,7 +853,14 @@ class Vcpu(_Descriptor, contract.Vcpu):
             raise ioctl_error("KVM_INTERRUPT", errno.EINVAL)
         if isinstance(self._machine.irqchip, IrqChip):
             raise ioctl_error("KVM_INTERRUPT", errno.ENXIO)
-        _named("KVM_INTERRUPT", self._vcpu.interrupt, irq)
+        try:
+            self._vcpu.interrupt(irq)
+        except FileExistsError as error:
+            if self._machine.irqchip is not None:
+                raise ioctl_error("KVM_INTERRUPT", errno.EEXIST) from error
+            events = self.get_vcpu_events()  # without local APICs, the later one counts
+            events.interrupt.injected, events.interrupt.nr, events.flags = 1, irq, 0
+            self.set_vcpu_events(events)
 
     def nmi(self) -> None:
         """KVM_NMI."""
@@ -829,6 +871,14 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_GET_TSC_KHZ."""
         self._check("KVM_GET_TSC_KHZ")
         return _engine.host_tsc_khz()
+
+
+def _check_sregs(name: str, sregs: x.kvm_sregs | x.kvm_sregs2) -> None:
+    """What the engine doesn't look at: a 64-bit code segment outside long mode, and CR4 bits that no guest is offered."""
+    if sregs.cs.l and not sregs.efer & 1 << 10:
+        raise ioctl_error(name, errno.EINVAL, "cs.l without EFER.LMA")
+    if sregs.cr4 & _CR4_NOT_OFFERED:
+        raise ioctl_error(name, errno.EINVAL, f"cr4 {sregs.cr4:#x}")
 
 
 def _has_pdptrs(sregs: x.kvm_sregs2) -> bool:

@@ -43,7 +43,7 @@ class MemSlots:
             raise ioctl_error(name, errno.EINVAL, f"flags {flags:#x} or slot {slot} unknown")
         if (gpa | size | hva) & _PAGE - 1:
             raise ioctl_error(name, errno.EINVAL, "addresses and size must be multiples of 4096")
-        if gpa + size > _MAX_PHYSICAL or hva + size >= _MAX_USER:
+        if gpa + size > 1 << 64 or (size and gpa + size > _MAX_PHYSICAL) or hva + size >= _MAX_USER:
             raise ioctl_error(name, errno.EINVAL, "beyond the end of the address space")
         with self._lock:
             self._set(name, slot, gpa, size, hva, flags)
