@@ -154,7 +154,10 @@ VM_CALLS: dict[str, tuple[Call, list[list[int]]]] = {
         lambda w, a: w.vm.set_gsi_routing([msi_route(30, 0xFEE00000, 0x31), irqchip_route(a[0], 2, 4)]),
         [[30, 31]],
     ),
-    "irqfd": (lambda w, a: w.vm.irqfd(w.fd(a[0]), a[1], a[2]), [[0, 1, 2, 3], GSIS[:-1], [0, 1, 1 << 20]]),
+    "irqfd": (
+        lambda w, a: w.vm.irqfd(w.fd(a[0]), a[1], a[2], w.fd(a[3])),
+        [[0, 1, 2, 3], GSIS[:-1], [0, 1, 2, 3, 1 << 20], [0, 1, 2, 3]],
+    ),
     "ioeventfd": (
         lambda w, a: w.vm.ioeventfd(a[1], a[2], w.fd(a[0]), a[3], a[4]),
         [

@@ -13,6 +13,7 @@ from kvmkit.kvm.modes import set_long_mode
 from kvmkit.testing import CODE, DATA, TABLES, Guest
 from kvmkit.uapi.common import (
     KVM_IRQFD_FLAG_DEASSIGN,
+    KVM_IRQFD_FLAG_RESAMPLE,
     KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_SIPI_RECEIVED,
@@ -199,6 +200,43 @@ def test_irqfd(kvm: Kvm, eventfd: int) -> None:
         guest.vm.irqfd(eventfd, 4, KVM_IRQFD_FLAG_DEASSIGN)
         os.eventfd_write(eventfd, 1)
         assert os.eventfd_read(eventfd) == 1  # nobody else reads it any more
+
+
+def level_pic_guest(irq: int) -> str:
+    """As `pic_guest`, the input level-triggered (by ELCR)."""
+    return pic_guest(irq).replace("load_idt", f"mov dx, 0x4d0\nmov al, 1 << {irq}\nout dx, al\nload_idt")
+
+
+@pytest.mark.parametrize(
+    "code", [ioapic_guest(5, VECTOR | 1 << 15), level_pic_guest(5)], ids=["ioapic", "pic"]
+)
+def test_resampling_irqfd(kvm: Kvm, needs: Callable[[str], int], eventfd: int, code: str) -> None:
+    """A signal raises the line; the guest's end of interrupt lowers it and signals the other eventfd."""
+    needs("KVM_CAP_IRQFD_RESAMPLE")
+    resample = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        code = code.replace("iretq", f"out {MARKER}, al\niretq", 1)  # after the end of interrupt
+        with Guest(kvm, code, irqchip=True) as guest:
+            guest.vm.irqfd(eventfd, 5, KVM_IRQFD_FLAG_RESAMPLE, resample)
+            with pytest.raises(OSError, match="busy"):
+                guest.vm.irqfd(eventfd, 5, KVM_IRQFD_FLAG_RESAMPLE, resample)
+            assert port(guest) == READY
+            for _ in range(3):
+                os.eventfd_write(eventfd, 1)
+                assert port(guest) == DELIVERED
+                assert port(guest) == MARKER
+                assert os.eventfd_read(resample) == 1
+            # The line stays up until both who drive it let go.
+            guest.vm.irq_line(5, 1)
+            assert (port(guest), port(guest)) == (DELIVERED, MARKER)
+            assert port(guest) == DELIVERED
+            guest.vm.irq_line(5, 0)
+            assert port(guest) == MARKER
+            guest.vm.irqfd(eventfd, 5, KVM_IRQFD_FLAG_RESAMPLE | KVM_IRQFD_FLAG_DEASSIGN)
+            os.eventfd_write(eventfd, 1)
+            assert os.eventfd_read(eventfd) == 1  # nobody else reads it any more
+    finally:
+        os.close(resample)
 
 
 @pytest.mark.backs("KVM_SIGNAL_MSI")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from kvmkit import _engine
+from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.x86 import i8254, i8259, ioapic
 from kvmkit.uapi import common as c
 from kvmkit.uapi import x86 as x
@@ -29,8 +30,15 @@ class IrqChip:
         self.lock = threading.RLock()
         self.pins: dict[int, list[_Pin]] = {}
         self.msis: dict[int, list[tuple[int, int]]] = {}
-        self.pic = i8259.Pic(vm.set_extint, self._publish)
-        self.ioapic = ioapic.Ioapic(vm.send_message, self._publish)
+        self.pic = i8259.Pic(
+            vm.set_extint, self._publish, lambda line: self._ended(_PIC_CHIPS[line >> 3], line & 7)
+        )
+        self.ioapic = ioapic.Ioapic(
+            vm.send_message, self._publish, lambda pin: self._ended(x.KVM_IRQCHIP_IOAPIC, pin)
+        )
+        self.resamplers = eventfd.Resamplers(self._resampled)
+        self._levels: dict[int, list[int]] = {}
+        """Of lines that are up or were: what user space drives, and what resampling irqfds do."""
         self.pit: i8254.I8254 | None = None
         for gsi in range(ioapic.PINS):
             self.pins[gsi] = [(x.KVM_IRQCHIP_IOAPIC, gsi)]
@@ -54,6 +62,7 @@ class IrqChip:
             os.eventfd_write(self._wake, 1)
             self._thread.join()
             os.close(self._wake)
+            self.resamplers.close()
 
     def _serve(self) -> None:
         while True:
@@ -93,7 +102,21 @@ class IrqChip:
 
     def line(self, gsi: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: drive GSI `gsi`; the sum of what its routes say that don't say -1, or -1."""
+        return self._line(gsi, level, 0)
+
+    def _resampled(self, gsi: int, level: int) -> None:
+        self._line(gsi, level, 1)
+
+    def _ended(self, chip: int, pin: int) -> None:
+        for gsi in [gsi for gsi, pins in self.pins.items() if (chip, pin) in pins]:
+            self.resamplers.ended(gsi)
+
+    def _line(self, gsi: int, level: int, source: int) -> int:
         with self.lock:
+            if gsi in self.pins:
+                levels = self._levels.setdefault(gsi, [0, 0])
+                levels[source] = level
+                level = int(any(levels))
             said = []
             for chip, pin in self.pins.get(gsi, ()):
                 if chip == x.KVM_IRQCHIP_IOAPIC:
@@ -190,6 +213,7 @@ class SplitIrqChip:
 _Msis = dict[int, list[tuple[int, int]]]
 """GSI → address and data of each message."""
 _MSI_LEVEL = 1 << 15
+_PIC_CHIPS = (x.KVM_IRQCHIP_PIC_MASTER, x.KVM_IRQCHIP_PIC_SLAVE)
 _CHIP_PINS = {x.KVM_IRQCHIP_PIC_MASTER: 8, x.KVM_IRQCHIP_PIC_SLAVE: 8, x.KVM_IRQCHIP_IOAPIC: ioapic.PINS}
 
 

@@ -88,6 +88,7 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_PIT_STATE2: 1,
     capabilities.KVM_CAP_IRQ_ROUTING: 1,
     capabilities.KVM_CAP_IRQFD: 1,
+    capabilities.KVM_CAP_IRQFD_RESAMPLE: 1,
     capabilities.KVM_CAP_IOEVENTFD: 1,
     capabilities.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
     capabilities.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
@@ -372,11 +373,12 @@ class Vm(_Descriptor, contract.Vm):
         self._apics("KVM_SET_GSI_ROUTING", errno.EINVAL).set_routing(entries)
 
     def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
-        """KVM_IRQFD; resampling isn't offered."""
+        """KVM_IRQFD."""
         self._check("KVM_IRQFD")
         if not flags & c.KVM_IRQFD_FLAG_DEASSIGN:
             self._apics("KVM_IRQFD", errno.EINVAL)
-        eventfd.irqfd(self._vm, fd, gsi, flags)
+        resamplers = self.irqchip.resamplers if isinstance(self.irqchip, IrqChip) else None
+        eventfd.irqfd(self._vm, resamplers, fd, gsi, flags, resamplefd)
 
     def ioeventfd(self, addr: int, len: int, fd: int, datamatch: int = 0, flags: int = 0) -> None:
         """KVM_IOEVENTFD."""

@@ -190,11 +190,17 @@ class I8259:
 class Pic:
     """Master and slave as a PC wires them."""
 
-    def __init__(self, output: Callable[[bool], None], acked: Callable[[], None]) -> None:
-        """`output` is told the level of INTR, `acked` that masks or requests may have changed."""
+    def __init__(
+        self,
+        output: Callable[[bool], None],
+        changed: Callable[[], None],
+        ended: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`output` is told the level of INTR, `changed` that masks or requests may have, `ended` of each input's end of interrupt."""
         self.chips = (I8259(_ELCR_MASK[0]), I8259(_ELCR_MASK[1]))
         self._output = output
-        self._changed = acked
+        self._changed = changed
+        self._ended = ended
         self._level = False
 
     def update(self) -> None:
@@ -232,10 +238,13 @@ class Pic:
             master.acknowledge(2)
             inner = slave.pending(is_master=False)
             vector = slave.acknowledge(inner) if inner >= 0 else slave.irq_base + 7
+            line = 8 + inner if inner >= 0 else -1
         else:
             vector = master.acknowledge(line)
         self._level = False
         self._output(False)
+        if line >= 0 and self.chips[line >> 3].auto_eoi:
+            self._ended(line)
         self.update()
         return vector
 
@@ -252,6 +261,12 @@ class Pic:
         if port >= 0x4D0:
             self.chips[port & 1].write_elcr(value)
         else:
-            self.chips[port >> 7].write(port & 1, value)
+            n = port >> 7
+            before = self.chips[n].isr
+            self.chips[n].write(port & 1, value)
+            ended = before & ~self.chips[n].isr
+            for line in range(8) if ended else ():
+                if ended >> line & 1:
+                    self._ended(8 * n + line)
         self.update()
         self._changed()

@@ -31,10 +31,16 @@ _READ_ONLY = _REMOTE_IRR | _STATUS
 class Ioapic:
     """The chip. `send` delivers a message and says how many took it; `changed` is told that an entry was written."""
 
-    def __init__(self, send: Callable[[Message], int], changed: Callable[[], None]) -> None:
-        """Power up: all inputs masked."""
+    def __init__(
+        self,
+        send: Callable[[Message], int],
+        changed: Callable[[], None],
+        acked: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Power up: all inputs masked. `acked` is told the pin of an interrupt that ended, before its level is looked at again."""
         self._send = send
         self._changed = changed
+        self._acked = acked
         self.id = 0
         self.ioregsel = 0
         self.lines = 0
@@ -81,6 +87,7 @@ class Ioapic:
         """A local APIC ended `vector`, which was level-triggered."""
         for pin, e in enumerate(self.redirtbl):
             if e & 0xFF == vector and e & _LEVEL and e & _REMOTE_IRR:
+                self._acked(pin)
                 self.redirtbl[pin] &= ~_REMOTE_IRR
                 if self.lines & 1 << pin:
                     self._service(pin)
