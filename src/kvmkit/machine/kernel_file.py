@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -50,3 +51,17 @@ class KernelFile:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         os.close(self._fd)
+
+
+def load_initrd(
+    memory: MemoryMap, initrd: bytes | str | Path, place: Callable[[str, int], int]
+) -> tuple[int, int]:
+    """Load an initrd, its bytes or a path, where `place(name, size_bytes)` says; return address and size in bytes."""
+    if isinstance(initrd, bytes):
+        address = place("the initramfs", len(initrd))
+        memory.write(address, initrd)
+        return address, len(initrd)
+    with KernelFile(initrd) as file:
+        address = place(file.name, file.size_bytes)
+        file.load(memory, address, 0, file.size_bytes)
+        return address, file.size_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvmkit.kvm import MemoryMap
 from kvmkit.machine.arm64 import fdt, layout
 from kvmkit.machine.errors import KernelError
-from kvmkit.machine.kernel_file import KernelFile
+from kvmkit.machine.kernel_file import KernelFile, load_initrd
 
 HEADER = struct.Struct("<IIQQQQQQII")
 """code0, code1, text_offset, image_size, flags, three that are reserved, magic, and where an EFI loader finds its header."""
@@ -146,14 +146,7 @@ def _load_initrd(
 ) -> tuple[int, int]:
     """Put it as high as it may lie; return address and size."""
     limit = min(ram_end, layout.RAM + layout.KERNEL_WINDOW_BYTES)
-    if isinstance(initrd, bytes):
-        address = _place_initrd("the initramfs", len(initrd), limit, kernel_end)
-        memory.write(address, initrd)
-        return address, len(initrd)
-    with KernelFile(initrd) as file:
-        address = _place_initrd(file.name, file.size_bytes, limit, kernel_end)
-        file.load(memory, address, 0, file.size_bytes)
-        return address, file.size_bytes
+    return load_initrd(memory, initrd, lambda name, size: _place_initrd(name, size, limit, kernel_end))
 
 
 def _place_initrd(name: str, size_bytes: int, limit: int, kernel_end: int) -> int:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from kvmkit.kvm import MemoryMap
 from kvmkit.machine.errors import KernelError
-from kvmkit.machine.kernel_file import KernelFile
+from kvmkit.machine.kernel_file import KernelFile, load_initrd
 from kvmkit.machine.x86 import bzimage, elf, layout
 
 Protocol = Literal["linux64", "pvh"]
@@ -148,14 +148,7 @@ def _load_initrd(
     memory: MemoryMap, low_end: int, loaded: _Loaded, initrd: bytes | str | Path
 ) -> tuple[int, int]:
     """Put it as high as it may lie; return address and size."""
-    if isinstance(initrd, bytes):
-        address = _place_initrd("the initramfs", len(initrd), low_end, loaded)
-        memory.write(address, initrd)
-        return address, len(initrd)
-    with KernelFile(initrd) as file:
-        address = _place_initrd(file.name, file.size_bytes, low_end, loaded)
-        file.load(memory, address, 0, file.size_bytes)
-        return address, file.size_bytes
+    return load_initrd(memory, initrd, lambda name, size: _place_initrd(name, size, low_end, loaded))
 
 
 def _place_initrd(name: str, size_bytes: int, low_end: int, loaded: _Loaded) -> int:
