@@ -45,7 +45,7 @@ HANG_S = 300.0
 M_MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
 MARK = "KVMKIT_SOAK"
-CLI = [sys.executable, "-c", "from kvmkit.cli import main; main()"]
+CLI = [sys.executable, "-m", "kvmkit"]
 
 
 def footprint(pid: int | str = "self") -> dict[str, int]:

@@ -28,6 +28,9 @@ class ProtocolError(AgentError):
 class GuestError(AgentError, OSError):
     """Something failed in the guest, with the `errno` that it failed with there."""
 
+    def __str__(self) -> str:
+        return str(self.strerror)  # it names what failed and why; the number says no more
+
 
 class CommandError(KvmkitError):
     """A command in a guest ended with a status other than 0, and `check` was given."""

@@ -20,7 +20,7 @@ class Kvmkit:
 
     def __init__(self, *arguments: str, **options: object) -> None:
         self.process = subprocess.Popen(  # type: ignore[call-overload]
-            [sys.executable, "-c", "from kvmkit.cli import main; main()", "run", *arguments],
+            [sys.executable, "-m", "kvmkit", "run", *arguments],
             **{
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,

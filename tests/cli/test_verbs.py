@@ -29,7 +29,7 @@ Kvmkit = Callable[..., subprocess.CompletedProcess[bytes]]
 @pytest.fixture(scope="module")
 def kvmkit(environment: dict[str, str]) -> Kvmkit:
     def run(*arguments: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-c", "from kvmkit.cli import main; main()", *arguments]
+        command = [sys.executable, "-m", "kvmkit", *arguments]
         return subprocess.run(
             command, input=input, capture_output=True, timeout=2 * TIMEOUT_S, env=environment
         )
@@ -54,9 +54,24 @@ def test_exec(kvmkit: Kvmkit, web: str) -> None:
     assert kvmkit(
         "exec", "-u", "nobody", "-w", "/tmp", "-e", "A=b", web, "--", "sh", "-c", "id -u; pwd; echo $A"
     ).stdout == (b"65534\n/tmp\nb\n")
-    assert kvmkit("exec", web, "--", "no-such-command").returncode == 127
-    assert kvmkit("exec", web, "--", "/etc/passwd").returncode == 126
     assert kvmkit("exec", web, input=b"echo a shell; exit 4").stdout == b"a shell\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--", "no-such-command"], 127, "no-such-command: No such file or directory"),
+        (["--", "/etc/passwd"], 126, "/etc/passwd: Permission denied"),
+        (["-w", "/nowhere", "--", "true"], 127, 'working directory "/nowhere": No such file or directory'),
+        (["-u", "nosuch", "--", "true"], 125, 'user "nosuch": not in the guest\'s /etc/passwd'),
+    ],
+)
+def test_what_cant_be_executed(
+    kvmkit: Kvmkit, web: str, arguments: list[str], status: int, message: str
+) -> None:
+    options = arguments[: arguments.index("--")]
+    done = kvmkit("exec", *options, web, *arguments[len(options) :])
+    assert (done.returncode, done.stderr.decode()) == (status, f"kvmkit: {message}\n")
 
 
 def test_cp(kvmkit: Kvmkit, web: str, tmp_path: Path) -> None:
@@ -86,7 +101,7 @@ def test_logs(kvmkit: Kvmkit, web: str) -> None:
 def test_the_console(kvmkit: Kvmkit, web: str, environment: dict[str, str]) -> None:
     """What the kernel writes comes, what is typed gets there, Ctrl-A x leaves, and the machine goes on."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", "from kvmkit.cli import main; main()", "console", web]
+    command = [sys.executable, "-m", "kvmkit", "console", web]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     read_until(ours, b"leaves it.\r\n")
     wait_for_raw(theirs)

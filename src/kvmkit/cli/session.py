@@ -54,7 +54,7 @@ def run_in(
             stack.close()
             if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.ENOEXEC):
                 raise
-            click.echo(f"kvmkit: {command[0]}: {os.strerror(error.errno)}", err=True)
+            click.echo(f"kvmkit: {error}", err=True)
             return EXIT_NOT_FOUND if error.errno in (errno.ENOENT, errno.ENOTDIR) else EXIT_NOT_EXECUTABLE
         except CommandTimeout as error:
             raise VmTimeout(str(error)) from None
