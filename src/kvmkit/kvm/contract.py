@@ -14,12 +14,16 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from kvmkit.kvm.exits import Exit
+from kvmkit.kvm.memory import MemorySlot
 from kvmkit.uapi import arm64, common, x86
 from kvmkit.uapi import memory_encryption as sev
 from kvmkit.uapi.errors import ioctl_error, not_supported
+
+if TYPE_CHECKING:
+    from kvmkit.kvm.walk import Walk
 
 
 class Descriptor(ABC):
@@ -133,6 +137,11 @@ class Vm(Descriptor):
     def set_user_memory_region2(self, region: common.kvm_userspace_memory_region2) -> None:
         """KVM_SET_USER_MEMORY_REGION2: the same with a guest_memfd beside it."""
         raise self._refusal("KVM_SET_USER_MEMORY_REGION2")
+
+    @property
+    def memory_slots(self) -> list[MemorySlot]:
+        """The slots that there are. No ioctl: what `set_user_memory_region` made, for the kernel doesn't tell. Any thread."""
+        raise self._refusal("the memory slots")
 
     def memory_written(self, gpa: int, size_bytes: int) -> None:
         """Host code changed guest memory at `gpa`: an engine that keeps translations of it drops them.
@@ -540,6 +549,21 @@ class Vcpu(Descriptor):
     def translate(self, linear_address: int) -> common.kvm_translation:
         """KVM_TRANSLATE (x86): the guest physical address of a linear one, if `valid`."""
         raise self._refusal("KVM_TRANSLATE")
+
+    @property
+    def memory_slots(self) -> list[MemorySlot]:
+        """Its VM's; see `Vm.memory_slots`."""
+        raise self._refusal("the memory slots")
+
+    def walk(self, gva: int) -> "Walk":
+        """Follow a guest virtual address step by step: gva → gpa by the guest's page tables, gpa → hva → hpa by the host's.
+
+        No ioctl: it reads the vCPU's registers, its VM's slots and the guest's memory, and changes nothing, not even accessed
+        bits (`kvmkit.kvm.walk`). `ValueError` unless ``0 <= gva < 1 << 64``.
+        """
+        from kvmkit.kvm.walk import walk
+
+        return walk(self, gva)
 
     def interrupt(self, irq: int) -> None:
         """KVM_INTERRUPT (x86): queue vector `irq`. ENXIO: the interrupt chip is the engine's.

@@ -11,6 +11,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ WriteHook = Callable[[int, int], None]
 
 class GuestAddressError(ValueError):
     """An address range that guest memory doesn't hold."""
+
+
+@dataclass(frozen=True)
+class MemorySlot:
+    """What KVM_SET_USER_MEMORY_REGION has made: a range of guest physical addresses, and the host's memory that is there."""
+
+    slot: int
+    gpa: int
+    """Its first guest physical address."""
+    size_bytes: int
+    hva: int
+    """Where its first byte lies in this process."""
+    flags: int
+    """KVM_MEM_*."""
 
 
 class GuestMemory:

@@ -6,11 +6,12 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, Intr, decode
+from kvmkit.kvm.memory import MemorySlot
 from kvmkit.kvm.rings import CoalescedRing, DirtyRing
 from kvmkit.uapi import arm64, common, x86
 from kvmkit.uapi import common as c
@@ -183,12 +184,12 @@ class Vm(Fd, contract.Vm):
         super().__init__(fd)
         self._mmap_size_bytes = mmap_size_bytes
         self._dirty_ring_size_bytes = 0
-        self._slot_size_bytes: dict[int, int] = {}  # KVM_GET_DIRTY_LOG doesn't say how long its bitmap is
+        self._slots: dict[int, MemorySlot] = {}  # the kernel doesn't tell of them
 
     def create_vcpu(self, id: int) -> "Vcpu":
         """KVM_CREATE_VCPU."""
         fd = self._ioctl(c.KVM_CREATE_VCPU, id)
-        return self.vcpu_class(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes)
+        return self.vcpu_class(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes)._of(self)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
         """KVM_ENABLE_CAP."""
@@ -203,16 +204,28 @@ class Vm(Fd, contract.Vm):
         """KVM_SET_USER_MEMORY_REGION."""
         region = c.kvm_userspace_memory_region(slot, flags, guest_phys_addr, memory_size, userspace_addr)
         self._ioctl(c.KVM_SET_USER_MEMORY_REGION, region)
-        self._slot_size_bytes[slot] = memory_size
+        self._note(MemorySlot(slot, guest_phys_addr, memory_size, userspace_addr, flags))
 
     def set_user_memory_region2(self, region: common.kvm_userspace_memory_region2) -> None:
         """KVM_SET_USER_MEMORY_REGION2."""
         self._ioctl(c.KVM_SET_USER_MEMORY_REGION2, region)
-        self._slot_size_bytes[region.slot] = region.memory_size
+        r = region
+        self._note(MemorySlot(r.slot, r.guest_phys_addr, r.memory_size, r.userspace_addr, r.flags))
+
+    def _note(self, slot: MemorySlot) -> None:
+        if slot.size_bytes:
+            self._slots[slot.slot] = slot
+        else:
+            self._slots.pop(slot.slot, None)
+
+    @property
+    def memory_slots(self) -> list[MemorySlot]:
+        """The slots."""
+        return list(self._slots.values())
 
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG."""
-        pages = self._slot_size_bytes.get(slot, 0) // 4096
+        pages = self._slots[slot].size_bytes // 4096 if slot in self._slots else 0
         bitmap = ctypes.create_string_buffer(max(8, (pages + 63) // 64 * 8))
         log = c.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
         self._ioctl(c.KVM_GET_DIRTY_LOG, log)
@@ -305,6 +318,7 @@ class Vcpu(Fd, contract.Vcpu):
         """Take over `fd` and map its kvm_run, and its dirty ring if it has one."""
         super().__init__(fd)
         self.id = id
+        self._slots: Mapping[int, MemorySlot] = {}
         self._running_tid = 0
         self._coalesced: CoalescedRing | None = None
         self._dirty_ring: DirtyRing | None = None
@@ -326,6 +340,16 @@ class Vcpu(Fd, contract.Vcpu):
         if self._run is None:
             raise ioctl_error("kvm_run", errno.EBADF, "the vCPU is closed")
         return self._run
+
+    def _of(self, vm: Vm) -> Self:
+        """Share the slots of its VM, which may be closed before it."""
+        self._slots = vm._slots
+        return self
+
+    @property
+    def memory_slots(self) -> list[MemorySlot]:
+        """The VM's slots."""
+        return list(self._slots.values())
 
     @property
     def area(self) -> memoryview:

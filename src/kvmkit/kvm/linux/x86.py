@@ -104,7 +104,8 @@ class Vm(main.Vm):
         """KVM_CREATE_VCPU."""
         fd = self._ioctl(c.KVM_CREATE_VCPU, id)
         xsave_size_bytes = self.check_extension(KVM_CAP_XSAVE2)
-        return Vcpu(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes, xsave_size_bytes)
+        vcpu = Vcpu(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes, xsave_size_bytes)
+        return vcpu._of(self)
 
     def set_tss_addr(self, addr: int) -> None:
         """KVM_SET_TSS_ADDR."""

@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 from kvmkit import _engine
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
+from kvmkit.kvm.memory import MemorySlot
 from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.coalesced_mmio import CoalescedMmio
 from kvmkit.kvm.soft.irqchip import MAX_GSIS, IrqChip, SplitIrqChip
@@ -268,6 +269,11 @@ class Vm(_Descriptor, contract.Vm):
         self._check(name)
         r = region
         self.slots.set_region(name, r.slot, r.guest_phys_addr, r.memory_size, r.userspace_addr, r.flags)
+
+    @property
+    def memory_slots(self) -> list[MemorySlot]:
+        """The slots."""
+        return self.slots.all()
 
     def memory_written(self, gpa: int, size_bytes: int) -> None:
         """Drop translations of guest memory that host code changed."""
@@ -836,6 +842,11 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_GET_STATS_FD."""
         self._check("KVM_GET_STATS_FD")
         return _named("KVM_GET_STATS_FD", self._vcpu.stats_fd)
+
+    @property
+    def memory_slots(self) -> list[MemorySlot]:
+        """The VM's slots."""
+        return self._machine.slots.all()
 
     def translate(self, linear_address: int) -> common.kvm_translation:
         """KVM_TRANSLATE."""

@@ -10,6 +10,7 @@ import mmap
 import threading
 
 from kvmkit import _engine
+from kvmkit.kvm.memory import MemorySlot
 from kvmkit.uapi import common as c
 from kvmkit.uapi.errors import ioctl_error
 
@@ -70,6 +71,11 @@ class MemSlots:
             self._dirty.pop(slot, None)
         elif slot not in self._dirty:
             self._dirty[slot] = (1 << size // _PAGE) - 1 if self._protect & _ALL_SET else 0
+
+    def all(self) -> list[MemorySlot]:
+        """Those that there are."""
+        with self._lock:
+            return [MemorySlot(slot, *values) for slot, values in self._slots.items()]
 
     def enable_manual_protect(self, options: int) -> None:
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2. KVM_DIRTY_LOG_INITIALLY_SET goes with KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE alone."""
