@@ -164,7 +164,8 @@ fn is_accessible(v: &Vcpu, la: u64, size: usize, write: bool, mode: usize) -> bo
 
 /// Run `i` where some of its operand may be missing. The processor itself finds out whether that matters (a mask
 /// may leave it out) and what comes first (#GP of a misaligned operand comes before #PF): pages that the guest may
-/// not access are not there for it either. What a masked instruction stores is what it stores over any pattern.
+/// not access are not there for it either. What it stores is what it stores over any pattern: a masked instruction not all,
+/// and FSTP m80 and FBSTP the first 8 bytes before the last 2 fault.
 fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool) -> Res<()> {
     let (size, _, write) = access_of(i);
     let mode = v.cpu.mmu_mode();
@@ -195,6 +196,7 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
     }
     let visible = |n: usize| faults[(at + n) >> 12].is_none();
     let mut stored: Vec<[u8; OPERAND_BYTES]> = Vec::new();
+    let mut stopped = None;
     for pattern in if write { &[0x00, 0xff][..] } else { &[0][..] } {
         if write {
             (0..size).filter(|&n| visible(n)).for_each(|n| stage.bytes(at + n, 1)[0] = *pattern);
@@ -203,7 +205,7 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
         if let Err(stop) = execute(v, i, bytes, integer, stage.address(at)) {
             let (trap, address) = (v.cpu.trap_number, v.cpu.trap_address.wrapping_sub(stage.address(0)));
             let fault = faults.get((address >> 12) as usize).copied().flatten();
-            return Err(match fault {
+            stopped = Some(match fault {
                 Some(e) if trap == 14 && e.vector == 14 => {
                     Exception { payload: (la & !0xfff).wrapping_add(address), ..e }.into()
                 }
@@ -215,7 +217,9 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
         (0..size).filter(|&n| visible(n)).for_each(|n| result[n] = stage.bytes(at + n, 1)[0]);
         stored.push(result);
     }
-    if let [a, b] = &stored[..] {
+    if let [a, b] = &stored[..]
+        && host_pointers(i).is_none()
+    {
         let mut n = 0;
         while n < size {
             let len = (n..size).take_while(|&k| visible(k) && a[k] == b[k]).count();
@@ -225,7 +229,7 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
             n += len.max(1);
         }
     }
-    Ok(())
+    stopped.map_or(Ok(()), Err)
 }
 
 /// Two pages of host memory, each of which can be made inaccessible.
