@@ -85,6 +85,27 @@ def test_cp(kvmkit: Kvmkit, web: str, tmp_path: Path) -> None:
     assert missing.returncode == 125 and b"/nowhere" in missing.stderr and b"Traceback" not in missing.stderr
 
 
+def test_mmu(kvmkit: Kvmkit, web: str) -> None:
+    symbol = kvmkit("exec", web, "--", "grep", "-w", "_text", "/proc/kallsyms").stdout.split()[0].decode()
+    done = kvmkit("mmu", web, f"0x{symbol}", "4096")
+    text = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f"gva 0x{symbol}\n├─ gva → gpa: 4-level paging\n" in text and "\ngva 0x1000\n" in text
+    assert "supervisor: read ok" in text and "slot 0: gpa 0x0" in text
+    one, two = json.loads(kvmkit("mmu", "--json", web, f"0x{symbol}", "0x1000").stdout)
+    assert (one["gva"], two["gva"]) == (int(symbol, 16), 0x1000)
+    assert [stage["target"] for stage in one["stages"]] == ["gpa", "hva", "hpa"] and "text" not in one
+    for arguments, word in (
+        ([web, "ffff"], b"0x and hexadecimal"),
+        ([web, "0x10000000000000000"], b"64 bits"),
+        (["--vcpu", "7", web, "0"], b"no vCPU 7: there are 0 to 0"),
+        (["nobody", "0"], b"no VM named 'nobody' runs"),
+        ([web], b"GVA"),
+    ):
+        wrong = kvmkit("mmu", *arguments)
+        assert wrong.returncode == 125 and word in wrong.stderr and b"Traceback" not in wrong.stderr
+
+
 def test_ps(kvmkit: Kvmkit, web: str) -> None:
     (row,) = json.loads(kvmkit("ps", "--json").stdout)
     assert (row["name"], row["state"], row["cpus"], row["memory_bytes"]) == (web, "running", 1, 192 << 20)

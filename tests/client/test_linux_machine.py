@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -240,6 +241,58 @@ def test_the_engine_is_one_that_runs_linux(vm: Machine) -> None:
 
     with kvmkit.kvm.open(vm.engine) as system:
         assert vm.engine == "soft" or supervisor_mips(system) >= SLOW_MIPS
+
+
+def test_a_walk_of_the_kernels_text(vm: Machine) -> None:
+    """Where the kernel says that its code is, by /proc/kallsyms and /proc/iomem, is where its own page tables lead."""
+    symbols = vm.run(["grep", "-wE", "_text|_stext|_etext|jiffies", "/proc/kallsyms"], text=True).stdout
+    address = {line.split()[2]: int(line.split()[0], 16) for line in symbols.splitlines()}
+    memory = vm.run(["grep", "Kernel code", "/proc/iomem"], text=True).stdout
+    code_gpa = int(memory.split("-")[0], 16)
+    walk = vm.walk(address["_text"])
+    assert walk["gpa"] == code_gpa
+    assert vm.walk(address["_etext"] - 1)["gpa"] == code_gpa + address["_etext"] - 1 - address["_text"]
+    paging, slot, host = walk["stages"]
+    assert paging["mode"] in ("4-level", "5-level") and paging["page_bytes"] in (1 << 12, 1 << 21)
+    assert slot["result"] == slot["slot"]["hva"] + code_gpa - slot["slot"]["gpa"]
+    assert host["source"] == "hva" and walk["hpa"] == host["result"]
+    permitted = {(a["user"], a["kind"]): a["fault"] is None for a in paging["accesses"]}
+    assert permitted[False, "read"] and permitted[False, "execute"]
+    assert not any(permitted[True, kind] for kind in ("read", "write", "execute"))
+    data = vm.walk(address["jiffies"])["stages"][0]
+    permitted = {(a["user"], a["kind"]): a["fault"] is None for a in data["accesses"]}
+    assert permitted[False, "write"] and not permitted[False, "execute"]
+    assert vm.run(["true"]).returncode == 0  # it goes on
+    nowhere = vm.walk(1 << 47)
+    assert (nowhere["gpa"], nowhere["stages"][0]["accesses"][0]["fault"]["exception"]) == (None, "#GP")
+    with pytest.raises(VmError, match="no vCPU 1: there are 0 to 0"):
+        vm.walk(0, vcpu=1)
+
+
+def test_walks_while_the_guest_works(vm: Machine) -> None:
+    """Hundreds, by two threads at once: each gets its own, and the guest's work comes out right."""
+    work = vm.popen(["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo $i"], stdout=PIPE)
+    assert work.stdout is not None
+    right: list[int] = []
+
+    def ask(start: int) -> None:
+        right.extend(gva for gva in range(start, start + 100) if vm.walk(gva)["gva"] == gva)
+
+    threads = [threading.Thread(target=ask, args=(start,)) for start in (1 << 20, 1 << 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(right) == 200
+    assert work.stdout.read() == b"20000\n" and work.wait(TIMEOUT_S) == 0
+
+
+def test_a_walk_awaited() -> None:
+    async def use() -> dict[str, Any]:
+        async with AsyncMachine(memory="192M") as vm:
+            return await vm.walk(0x1000)
+
+    assert asyncio.run(use())["gva"] == 0x1000
 
 
 def test_statistics(vm: Machine) -> None:

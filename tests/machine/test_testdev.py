@@ -15,7 +15,7 @@ from kvmkit.machine.x86 import layout, multiboot
 from kvmkit.machine.x86.board import X86Board
 from kvmkit.testing.kernel import TEST_LOAD_ADDRESS, assemble_test_kernel
 from kvmkit.vmm.ending import Ending, Reason
-from kvmkit.vmm.loop import run_vcpu
+from kvmkit.vmm.loop import Errands, run_vcpu
 
 MIB = 1 << 20
 TIMEOUT_S = 60.0
@@ -64,7 +64,7 @@ def run(engine: str, tmp_path: Path) -> Run:
             ended = threading.Event()
 
             def loop(index: int) -> None:
-                run_vcpu(board.vcpus[index], board, ending)
+                run_vcpu(board.vcpus[index], board, ending, Errands(board.vcpus[index]))
                 ended.set()
 
             threads = [threading.Thread(target=loop, args=(index,)) for index in range(cpus)]

@@ -96,6 +96,34 @@ def test_garbage_while_it_runs(peer: Peer, engine: str, kernel: Callable[[str], 
     assert (peer.process.returncode, err) == (0, b"")
 
 
+def test_a_walk_is_asked_for(peer: Peer, engine: str, kernel: Callable[[str], str]) -> None:
+    """The vCPU, which is busy, pauses for it and goes on; numbers that aren't any are refused."""
+    peer.messages.send(
+        {"engine": engine, "kernel": kernel(puts("up\n") + "\n1: jmp 1b"), "memory_bytes": 64 << 20}
+    )
+    assert [peer.event()["event"] for _ in range(3)] == ["started", "entered", "console"]
+    for gva, vcpu in ((0x100000, 0), (0, 0), ((1 << 64) - 1, 0)):
+        peer.messages.send({"request": "walk", "gva": gva, "vcpu": vcpu})
+        answer = peer.event()
+        assert (answer["event"], answer["gva"], answer["vcpu"], answer["error"]) == ("walk", gva, 0, "")
+        assert answer["walk"]["gva"] == gva and answer["walk"]["text"].startswith(f"gva {gva:#x}\n")
+    for index in (1, -1):
+        peer.messages.send({"request": "walk", "gva": 0, "vcpu": index})
+        assert peer.event()["error"] == f"no vCPU {index}: there are 0 to 0"
+    for wrong in (
+        {"gva": -1, "vcpu": 0},
+        {"gva": 1 << 64, "vcpu": 0},
+        {"gva": "0", "vcpu": 0},
+        {"gva": 0, "vcpu": True},
+        {"gva": 0},
+        {"gva": 0, "vcpu": 0, "write": 1},
+    ):
+        peer.messages.send({"request": "walk", **wrong})
+        assert peer.event()["event"] == "refused"
+    peer.messages.send({"request": "stop"})
+    assert peer.event()["reason"] == "stopped"
+
+
 @pytest.mark.parametrize(
     ("message", "word"),
     [

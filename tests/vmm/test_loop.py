@@ -19,7 +19,9 @@ from kvmkit.kvm.exits import (
 )
 from kvmkit.uapi import x86
 from kvmkit.vmm.ending import Ending, Reason
-from kvmkit.vmm.loop import run_vcpu
+from kvmkit.vmm.loop import Errands, run_vcpu
+
+TIMEOUT_S = 20
 
 
 class ScriptedVcpu(Vcpu):
@@ -64,7 +66,7 @@ class RecordingBus:
 
 def play(*script: Exit | BaseException) -> tuple[Ending, RecordingBus, ScriptedVcpu]:
     vcpu, bus, ending = ScriptedVcpu(*script), RecordingBus(), Ending()
-    run_vcpu(vcpu, bus, ending)
+    run_vcpu(vcpu, bus, ending, Errands(vcpu))
     ending.close()
     return ending, bus, vcpu
 
@@ -104,7 +106,7 @@ def test_what_ends_a_vm(step: Exit | OSError, reason: Reason, detail: str) -> No
 def test_a_broken_device_ends_the_vm_and_shows() -> None:
     vcpu, ending = ScriptedVcpu(ValueError("ours")), Ending()
     with pytest.raises(ValueError):
-        run_vcpu(vcpu, RecordingBus(), ending)
+        run_vcpu(vcpu, RecordingBus(), ending, Errands(vcpu))
     assert (ending.reason, ending.detail) == (Reason.ENGINE, "vCPU 0: ValueError: ours")
     ending.close()
 
@@ -112,16 +114,52 @@ def test_a_broken_device_ends_the_vm_and_shows() -> None:
 def test_a_stray_kick_is_run_over() -> None:
     vcpu, ending = ScriptedVcpu(Intr(), Hlt()), Ending()
     vcpu.kick()
-    run_vcpu(vcpu, RecordingBus(), ending)
+    run_vcpu(vcpu, RecordingBus(), ending, Errands(vcpu))
     assert ending.reason is Reason.HALTED
     assert not vcpu.immediate_exit
+    ending.close()
+
+
+class IdleVcpu(ScriptedVcpu):
+    """A guest that waits: its runs end when it is kicked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kicked = threading.Event()
+
+    def run(self) -> Exit:
+        assert self.kicked.wait(TIMEOUT_S)
+        self.kicked.clear()
+        return Intr()
+
+    def kick(self) -> None:
+        super().kick()
+        self.kicked.set()
+
+
+def test_an_errand_is_done_between_two_runs() -> None:
+    """By the vCPU's thread; its failure is that of whoever asked, and one that was given up isn't done later."""
+    vcpu, ending, done = IdleVcpu(), Ending(), list[str]()
+    errands = Errands(vcpu)
+    with pytest.raises(TimeoutError):  # nobody runs it yet
+        errands.call(lambda: done.append("late"), 0)
+    thread = threading.Thread(target=run_vcpu, args=(vcpu, RecordingBus(), ending, errands))
+    thread.start()
+    assert errands.call(threading.get_ident, TIMEOUT_S) == thread.ident
+    with pytest.raises(ZeroDivisionError):
+        errands.call(lambda: 1 // 0, TIMEOUT_S)
+    assert errands.call(threading.get_ident, TIMEOUT_S) == thread.ident and not vcpu.immediate_exit
+    ending.set(Reason.STOPPED)
+    vcpu.kick()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive() and not done
     ending.close()
 
 
 def test_nothing_runs_once_it_ended() -> None:
     vcpu, ending = ScriptedVcpu(), Ending()
     ending.set(Reason.STOPPED)
-    run_vcpu(vcpu, RecordingBus(), ending)
+    run_vcpu(vcpu, RecordingBus(), ending, Errands(vcpu))
     ending.close()
 
 

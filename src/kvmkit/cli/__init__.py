@@ -15,7 +15,7 @@ __all__ = ["EXIT_KVMKIT", "commands", "main"]
 
 EXIT_KVMKIT = 125
 
-VERBS = ("run", "exec", "cp", "ps", "stop", "logs", "console", "image", "info")
+VERBS = ("run", "exec", "cp", "ps", "stop", "logs", "console", "mmu", "image", "info")
 """Each a function of its name in a module of its name."""
 
 

@@ -78,6 +78,10 @@ class AsyncMachine:
         """See `Machine.forward`."""
         return await asyncio.to_thread(self.machine.forward, guest_port, host_port)
 
+    async def walk(self, gva: int, vcpu: int = 0) -> dict[str, Any]:
+        """See `Machine.walk`."""
+        return await asyncio.to_thread(self.machine.walk, gva, vcpu)
+
     async def wait(self, timeout_s: float | None = None) -> End:
         """See `Machine.wait`."""
         return await asyncio.to_thread(self.machine.wait, timeout_s)

@@ -30,12 +30,14 @@ _EVENTS: dict[str, dict[str, type]] = {
     "agent": {"warnings": list},
     "exit": {"status": int},
     "stats": {"vm": dict, "vcpus": list},
+    "walk": {"gva": int, "vcpu": int, "walk": dict, "error": str},
     "ended": {"reason": str, "detail": str, "console_tail": str},
     "error": {"message": str},
 }
 """Events of a VM process (`kvmkit.vmm.control` says what they mean) and what they carry."""
 
-_REPEATED = {"progress", "refused", "stats"}
+_ANSWERS = {"stats", "walk"}
+_REPEATED = {"progress", "refused", *_ANSWERS}
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class VmProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: MessageSocket | None = None
         self._end: End | None = None
-        self._stats: dict[str, Any] | None = None
+        self._answers: dict[str, dict[str, Any]] = {}
         self._detached = False
         self._reading = threading.RLock()
+        self._asking = threading.Lock()
 
     def spawn(
         self,
@@ -201,14 +204,32 @@ class VmProcess:
 
         A histogram is a list of numbers. Both are empty on an engine that has none (KVM_CAP_BINARY_STATS_FD). `VmError` if it ended.
         """
-        self._stats = None
-        self._send({"request": "stats"})
-        self._read_until(
-            lambda: self._stats is not None or self._end is not None, time.monotonic() + timeout_s
-        )
-        if self._stats is None:
-            raise VmError("the machine has ended: there are no statistics of it any more")
-        return self._stats
+        return self._ask("stats", timeout_s)
+
+    def walk(self, gva: int, vcpu: int = 0, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Follow a guest virtual address to the host's page, as vCPU `vcpu`, which pauses for it, has it mapped now.
+
+        Returns `kvmkit.kvm.walk.Walk` as dictionaries and lists, and as ``text`` for people. `VmError` if it can't be followed.
+        """
+        answer = self._ask("walk", timeout_s, gva=gva, vcpu=vcpu)
+        if answer["error"]:
+            raise VmError(answer["error"])
+        walk: dict[str, Any] = answer["walk"]
+        return walk
+
+    def _ask(self, name: str, timeout_s: float, **details: int) -> dict[str, Any]:
+        """Send a request and wait for the answer, which bears its name and repeats its details."""
+
+        def answered() -> bool:  # by what isn't the late answer to an earlier one
+            return self._answers.get(name, {}).items() >= details.items() and name in self._answers
+
+        with self._asking:
+            self._answers.pop(name, None)
+            self._send({"request": name, **details})
+            self._read_until(lambda: answered() or self._end is not None, time.monotonic() + timeout_s)
+            if not answered():
+                raise VmError("the machine has ended: it can't be asked any more")
+            return self._answers.pop(name)
 
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
         while not done():
@@ -281,8 +302,8 @@ class VmProcess:
             raise VmError(f"the VM process sent what it mustn't, and was killed: {error}") from None
         self._add(event)
         match event:
-            case Event("stats", details=details):
-                self._stats = details
+            case Event(name, details=details) if name in _ANSWERS:
+                self._answers[name] = details
             case Event("error"):
                 raise VmError(event.details["message"])
             case Event("ended", details=details):

@@ -1,6 +1,9 @@
 """The run loop: what each exit of a vCPU leads to."""
 
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 from kvmkit.kvm import Vcpu
 from kvmkit.kvm.exits import (
@@ -18,6 +21,40 @@ from kvmkit.kvm.exits import (
 from kvmkit.uapi import common
 from kvmkit.vmm.ending import Ending, Reason
 
+_T = TypeVar("_T")
+
+
+class Errands:
+    """What others want of a vCPU, whose registers are its own thread's while it runs."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        """For the thread that runs `vcpu`."""
+        self._vcpu = vcpu
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+
+    def call(self, function: Callable[[], _T], timeout_s: float) -> _T:
+        """Have the vCPU stop for `function`, and return what that does. `TimeoutError` if it doesn't come round."""
+        future: Future[_T] = Future()
+        self._queue.put((future, function))
+        self._vcpu.kick()
+        try:
+            return future.result(timeout_s)
+        finally:
+            future.cancel()
+
+    def run(self) -> None:
+        """Do what has been asked for; on the vCPU's thread, between two runs."""
+        while True:
+            try:
+                future, function = self._queue.get_nowait()
+            except Empty:
+                return
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:  # of whoever asked
+                    future.set_exception(error)
+
 
 class Bus(Protocol):
     """What the loop needs of a board: it carries out accesses, filling `data` of the exit for reads."""
@@ -29,10 +66,11 @@ class Bus(Protocol):
         """Carry out a memory-mapped access."""
 
 
-def run_vcpu(vcpu: Vcpu, bus: Bus, ending: Ending) -> None:
+def run_vcpu(vcpu: Vcpu, bus: Bus, ending: Ending, errands: Errands) -> None:
     """Run `vcpu` on this thread until the VM ends, for whatever reason; `ending` has it then.
 
-    Whoever sets `ending` from another thread kicks the vCPU afterwards: it is looked at after every exit.
+    Whoever sets `ending` from another thread kicks the vCPU afterwards: it is looked at after every exit. So are `errands`
+    after the kick that comes with one.
     """
     try:
         while not ending:
@@ -46,6 +84,7 @@ def run_vcpu(vcpu: Vcpu, bus: Bus, ending: Ending) -> None:
                         vcpu.immediate_exit = False
                         if ending:  # set and kicked in between: nobody will kick again
                             return
+                        errands.run()
                 case Hlt():
                     ending.set(Reason.HALTED, f"vCPU {vcpu.id} executed HLT and nothing can wake it")
                 case Shutdown():

@@ -11,8 +11,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from kvmkit.vmm import agent
 from kvmkit.vmm.build import Booted, build
 from kvmkit.vmm.config import VmConfig
 from kvmkit.vmm.console import Console, ConsoleLog, ConsoleSocket, writer
-from kvmkit.vmm.control import Control
+from kvmkit.vmm.control import Control, refusal
 from kvmkit.vmm.ending import Ending, Reason
-from kvmkit.vmm.loop import run_vcpu
+from kvmkit.vmm.loop import Errands, run_vcpu
 
 _PR_SET_PDEATHSIG = 1
 _JOIN_S = 5.0
 _UNWIND_S = 3.0
 _SWITCH_INTERVAL_S = 0.0002
+_PAUSE_S = 5.0
+"""A vCPU that doesn't pause within this time waits for something else, such as a reader of its console."""
 
 
 class _Cancelled(BaseException):
@@ -140,7 +143,8 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
             lambda text: control.send("progress", text=text),
         ) as vm:
             requests.resize = vm.resize_console
-            requests.send_stats = lambda: control.send("stats", **statistics(vm))
+            requests.vm = vm
+            requests.errands = errands = [Errands(vcpu) for vcpu in vm.vcpus]
             if directory is not None:
                 socket_.typed = vm.console_input
                 agent.listen(directory.vsock, lambda warnings: control.send("agent", warnings=warnings))
@@ -150,7 +154,7 @@ def run(config: VmConfig, control: Control, ending: Ending, stop: _Stop) -> None
             # From here on there is nothing of ours that has to be ended first: see `_watch`.
             if config.die_with_parent:
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            run_vcpus(vm, config, control, ending)
+            run_vcpus(vm, config, control, ending, errands)
         console.close()
     reason = Reason.PANIC if panicked and ending.reason is Reason.RESET else ending.reason
     tail = (console.tail or serial.tail).decode(errors="replace")
@@ -190,11 +194,15 @@ def _about(config: VmConfig, engine: str) -> dict[str, Any]:
     }
 
 
-def run_vcpus(vm: Booted, config: VmConfig, control: Control, ending: Ending) -> None:
+def run_vcpus(
+    vm: Booted, config: VmConfig, control: Control, ending: Ending, errands: Sequence[Errands]
+) -> None:
     """Run each vCPU on a thread of its own until `ending` is set; all have stopped afterwards."""
     threads = [
-        threading.Thread(target=run_vcpu, args=(vcpu, vm.bus, ending), name=f"vcpu{vcpu.id}", daemon=True)
-        for vcpu in vm.vcpus
+        threading.Thread(
+            target=run_vcpu, args=(vcpu, vm.bus, ending, own), name=f"vcpu{vcpu.id}", daemon=True
+        )
+        for vcpu, own in zip(vm.vcpus, errands, strict=True)
     ]
     if config.input_fd >= 0:
         threading.Thread(target=_pump, args=(config.input_fd, vm), name="input", daemon=True).start()
@@ -239,23 +247,43 @@ class _Requests:
         self._stop = stop
         self.resize: Callable[[int, int], None] = lambda *_: None
         """Set once there is a console."""
-        self.send_stats: Callable[[], None] | None = None
-        """Set once there is a VM."""
+        self.vm: Booted | None = None
+        """Set once there is one."""
+        self.errands: Sequence[Errands] = ()
+        """Of its vCPUs."""
 
-    def __call__(self, message: dict[str, Any]) -> str | None:
-        """Carry out a request; return what is wrong with it."""
+    def __call__(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Carry out a request; return the answer, if there is one to it."""
         if message == {"request": "stop"}:
             self.end("asked for")
             return None
-        if message == {"request": "stats"} and self.send_stats is not None:
-            self.send_stats()
-            return None
+        if message == {"request": "stats"} and self.vm is not None:
+            return {"event": "stats", **statistics(self.vm)}
+        if message.keys() == {"request", "gva", "vcpu"} and message["request"] == "walk":
+            gva, vcpu = message["gva"], message["vcpu"]
+            if self.vm is not None and type(gva) is type(vcpu) is int and 0 <= gva < 1 << 64:
+                return {"event": "walk", "gva": gva, "vcpu": vcpu, **self._walk(self.vm, gva, vcpu)}
         if message.keys() == {"request", "rows", "cols"} and message["request"] == "resize":
             rows, cols = message["rows"], message["cols"]
             if type(rows) is type(cols) is int and 0 <= rows < 1 << 16 and 0 <= cols < 1 << 16:
                 self.resize(rows, cols)
                 return None
-        return f"no such request: {json.dumps(message):.80}"
+        return refusal(f"no such request: {json.dumps(message):.80}")
+
+    def _walk(self, vm: Booted, gva: int, index: int) -> dict[str, Any]:
+        """Follow an address on a vCPU, which pauses for it."""
+        error, walk = "", {}
+        if 0 <= index < len(vm.vcpus):
+            try:
+                found = self.errands[index].call(partial(vm.vcpus[index].walk, gva), _PAUSE_S)
+                walk = found.as_dict() | {"text": str(found)}
+            except TimeoutError:
+                error = f"vCPU {index} doesn't pause: it waits for a device, or the VM is ending"
+            except OSError as failure:
+                error = str(failure)
+        else:
+            error = f"no vCPU {index}: there are 0 to {len(vm.vcpus) - 1}"
+        return {"walk": walk, "error": error}
 
     def end(self, why: str) -> bool:
         """End the VM, or the building of it; whether it was that."""
@@ -271,16 +299,16 @@ def _watch(control: Control, requests: _Requests, config: VmConfig, directory: V
     while True:
         try:
             message = control.receive()
-            wrong = requests(message) if message is not None else None
         except ValueError as error:
-            wrong = str(error)
+            answer: dict[str, Any] | None = refusal(str(error))
         except OSError:
             break
         else:
             if message is None:
                 break
-        if wrong is not None:
-            control.send("refused", message=wrong)
+            answer = requests(message)
+        if answer is not None:
+            control.answer(answer)
     if config.detached:
         return
     if requests.end("the client is gone"):
