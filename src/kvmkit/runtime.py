@@ -178,6 +178,14 @@ def find(name: str) -> VmDirectory:
     return directory
 
 
+def find_any(name: str) -> VmDirectory:
+    """Return the directory of a VM, running or ended. `KvmkitError` if there is none of that name."""
+    for directory in every():
+        if directory.name == name:
+            return directory
+    raise KvmkitError(f"no VM named {name!r}")
+
+
 def every() -> list[VmDirectory]:
     """Return the directories of all VMs of this user, running or ended, by name. What a killed one left behind is removed."""
     found = []

@@ -6,7 +6,6 @@ import time
 import click
 
 from kvmkit import runtime
-from kvmkit.errors import KvmkitError
 
 _LOOK_S = 0.2
 
@@ -19,9 +18,7 @@ def logs(name: str, follow: bool) -> None:
 
     The last 4 MiB of it are kept.
     """
-    directory = next((d for d in runtime.every() if d.name == name), None)
-    if directory is None:
-        raise KvmkitError(f"no VM named {name!r}")
+    directory = runtime.find_any(name)
     with open(directory.console_log, "rb") as file:
         while True:
             alive = directory.alive()  # before reading: what it wrote at last is read then

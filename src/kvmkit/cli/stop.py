@@ -27,9 +27,7 @@ def stop(names: tuple[str, ...], timeout: float, kill: bool) -> None:
     What doesn't shut down in time is ended where it stands.
     """
     for name in names:
-        directory = next((d for d in runtime.every() if d.name == name), None)
-        if directory is None:
-            raise KvmkitError(f"no VM named {name!r}")
+        directory = runtime.find_any(name)
         if directory.alive():
             _end(directory, timeout, kill)
         directory.remove()
