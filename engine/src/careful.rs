@@ -197,7 +197,10 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
     let visible = |n: usize| faults[(at + n) >> 12].is_none();
     let mut stored: Vec<[u8; OPERAND_BYTES]> = Vec::new();
     let mut stopped = None;
+    let before = (v.cpu.gpr, v.cpu.aflags, v.cpu.fpu.0);
     for pattern in if write { &[0x00, 0xff][..] } else { &[0][..] } {
+        // The first run may have left an x87 exception pending, or another operand in a register.
+        (v.cpu.gpr, v.cpu.aflags, v.cpu.fpu.0) = before;
         if write {
             (0..size).filter(|&n| visible(n)).for_each(|n| stage.bytes(at + n, 1)[0] = *pattern);
         }
