@@ -411,7 +411,7 @@ def jobs(name: str, quick: bool, record: bool, tests: Sequence[str], shell: str 
         else:
             # Compiling what both of kvmkit's processes import takes longer than the boot: once is enough.
             cached = "export PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=/tmp/bytecode"
-            boot = f"{cached}; {kvmkit} run --engine kvm --cpus 2 --timeout 200 -- uname -m\n"
+            boot = f"{cached}; {kvmkit} run --engine kvm --arch arm64 --cpus 2 --timeout 200 -- uname -m\n"
             found.append(Job("linux boot", boot, 300, linux=True, expect="aarch64"))
     return found
 

@@ -245,6 +245,14 @@ def test_wrong_options(run_kvmkit: Run) -> None:
     assert run_kvmkit("--memory", "1M", "--engine", "soft").finish()[0] == 125
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="arm64 is this machine's own")
+def test_an_arm64_guest_on_x86(run_kvmkit: Run) -> None:
+    """It says which hosts can."""
+    status, out, err = run_kvmkit("--arch", "arm64", "--", "uname", "-m").finish()
+    assert (status, out) == (125, b"")
+    assert "an arm64 guest takes an arm64 host with /dev/kvm" in err and "Traceback" not in err
+
+
 def test_stdout_is_a_socket(run_kvmkit: Run, kernel: Kernel, engine: str) -> None:
     ours, theirs = socket.socketpair()
     running = run_kvmkit(

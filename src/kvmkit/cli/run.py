@@ -46,6 +46,11 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
 @click.argument("root", required=False)
 @click.option("--root", "root_option", metavar="ROOT", help="The same as the argument.")
 @click.option("--memory", type=Memory(), help="The guest's memory.  [default: 256M]")
+@click.option(
+    "--arch",
+    type=click.Choice(["host", "x86-64", "arm64"]),
+    help="The guest's architecture; so far it has to be the host's.  [default: host]",
+)
 @click.option("--cpus", type=click.IntRange(1, 64), help="The guest's processors.  [default: 1]")
 @click.option(
     "--cpu",

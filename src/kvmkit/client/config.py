@@ -66,6 +66,8 @@ class MachineConfig:
     a directory of the host, "/" for its own root. What the guest writes there goes with the machine. None is busybox alone."""
     memory: int | str = 256 << 20
     """Bytes, or a size like "1G"."""
+    arch: str = "host"
+    """"host", "x86-64" or "arm64". No engine executes another than the host's yet."""
     cpus: int = 1
     """vCPUs, each a thread of the VM process."""
     cpu: str = "host"

@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     memory: int | str
     cpus: int
     cpu: str
+    arch: str
     console: str
     disks: tuple[Disk, ...]
     shares: tuple[Share, ...]
@@ -120,6 +121,7 @@ class Machine(VmProcess):
             "testdev": config.testdev,
             "memory_bytes": config.memory_bytes,
             "cpus": config.cpus,
+            "arch": config.arch,
             "cpu": config.cpu,
             "console": config.console,
             "agent": self._has_agent,

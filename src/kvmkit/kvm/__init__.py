@@ -8,6 +8,8 @@
 above know an engine only through them; the engines, `linux` and `soft`, are loaded when they are asked for.
 """
 
+import platform
+
 from kvmkit.kvm import exits
 from kvmkit.kvm.contract import Device, Kvm, Vcpu, Vm, irqchip_route, msi_route
 from kvmkit.kvm.memory import GuestAddressError, GuestMemory, MemoryMap
@@ -33,7 +35,7 @@ __all__ = [
 def open(engine: str = "auto") -> Kvm:
     """Open an engine: "linux" (or "kvm") is the kernel's ``/dev/kvm``, "soft" the software one, "auto" the faster one here.
 
-    `OSError` where ``/dev/kvm`` can't be opened, `ImportError` where the software engine isn't built.
+    `OSError` where ``/dev/kvm`` can't be opened, `ImportError` where the software engine isn't built, or can't be.
     """
     if engine == "auto":
         from kvmkit.kvm.probe import choose_engine
@@ -44,6 +46,10 @@ def open(engine: str = "auto") -> Kvm:
 
         return open_kvm()
     if engine == "soft":
+        if platform.machine() != "x86_64":
+            raise ImportError(
+                f"the software engine executes x86-64 on x86-64 alone, not on {platform.machine()}"
+            )
         from kvmkit.kvm.soft.main import Kvm as SoftKvm
 
         return SoftKvm()

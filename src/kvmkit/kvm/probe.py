@@ -7,6 +7,7 @@ milliseconds.
 
 import errno
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ SLOW_MIPS = 30.0
 """Million supervisor instructions a second below which a KVM has no hardware behind it: that does thousands, and some
 hundred where the hardware is itself emulated; an instruction emulator does one or two."""
 
+_SOFT_MACHINE = platform.machine() == "x86_64"
+"""Whether there is a software engine for this machine."""
 _ENOUGH_NS = 3_000_000
 
 # loop: add [rbx], rcx; mov rax, [rbx]; xor rax, rcx; dec rcx; jnz loop; hlt
@@ -157,7 +160,7 @@ def _prepare_arm64(
 
 def examine(engine: str) -> EngineReport:
     """Open `engine` and report on it."""
-    if engine == "soft" and not _soft_is_built():
+    if engine == "soft" and _SOFT_MACHINE and not _soft_is_built():
         return EngineReport(engine, error="the native module kvmkit._engine isn't built")
     try:
         with kvm.open(engine) as system:
@@ -201,13 +204,14 @@ def _choose(linux: EngineReport) -> tuple[str, str]:
         )
     if _soft_is_built():
         return "soft", verdict
+    lacking = "isn't built (run `make build`)" if _SOFT_MACHINE else f"isn't for {platform.machine()}"
     if linux.error:
-        raise OSError(f"no engine: {verdict}; and the software engine isn't built (run `make build`)")
-    return "linux", f"{verdict}; but the software engine isn't built"
+        raise OSError(f"no engine: {verdict}; and the software engine {lacking}")
+    return "linux", f"{verdict}; but the software engine {lacking}"
 
 
 def _soft_is_built() -> bool:
-    return find_spec("kvmkit._engine") is not None
+    return _SOFT_MACHINE and find_spec("kvmkit._engine") is not None
 
 
 def _text(error: Exception) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import dacite
 
+from kvmkit.machine.guest import ARM64
+
 MIN_MEMORY_BYTES = 16 << 20
 MAX_MEMORY_BYTES = 64 << 30
 MAX_CPUS = 64
@@ -58,6 +60,8 @@ class VmConfig:
     """Added to the kernel's command line."""
     memory_bytes: int = 256 << 20
     cpus: int = 1
+    arch: str = "host"
+    """"host", "x86-64" or "arm64"."""
     cpu: str = "host"
     """What the vCPUs can do: "host" or a level, with features added and taken away (`kvmkit.machine.x86.cpu_model`)."""
     console: str = "serial"
@@ -115,6 +119,7 @@ class VmConfig:
                 raise ValueError(f"configuration: {field.name} can't be {value!r}")
         if self.engine not in ("auto", "kvm", "linux", "soft"):
             raise ValueError(f"engine {self.engine!r}: auto, kvm or soft")
+        _check_arch(self.arch)
         if self.console not in ("serial", "virtio"):
             raise ValueError(f"console {self.console!r}: serial or virtio")
         if not 1 <= self.cpus <= MAX_CPUS:
@@ -153,6 +158,19 @@ class VmConfig:
                     os.fstat(fd)
                 except (OSError, OverflowError):
                     raise ValueError(f"configuration: {name} {fd} isn't an open descriptor") from None
+
+
+def _check_arch(arch: str) -> None:
+    """`ValueError` for a guest of another architecture than the host's."""
+    host = "arm64" if ARM64 else "x86-64"
+    if arch not in ("host", "x86-64", "arm64"):
+        raise ValueError(f"arch {arch!r}: host, x86-64 or arm64")
+    if arch not in ("host", host):
+        takes = "an arm64 host with /dev/kvm" if arch == "arm64" else "an x86-64 host"
+        raise ValueError(
+            f"arch {arch!r}: an {arch} guest takes {takes}, and this host is {host}: "
+            "the kernel's KVM runs the host's own code, and kvmkit's software engine x86-64's on x86-64 alone so far"
+        )
 
 
 def _with_tuples(value: Any) -> Any:
