@@ -13,6 +13,7 @@ The exit status is 1 if a use failed or something grew.
 
 import argparse
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -44,8 +45,16 @@ SETTLE_S = 20.0
 HANG_S = 300.0
 M_MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
+LIBC = ctypes.CDLL(None)
 MARK = "KVMKIT_SOAK"
 CLI = [sys.executable, "-m", "kvmkit"]
+
+
+def own_footprint() -> dict[str, int]:
+    """This process's, after what it has freed went back to the kernel, and how many objects Python has."""
+    gc.collect()
+    LIBC.malloc_trim(0)
+    return {**footprint(), "objects": sys.getallocatedblocks()}
 
 
 def footprint(pid: int | str = "self") -> dict[str, int]:
@@ -345,11 +354,11 @@ def main() -> int:
         signal.SIGINT, signal.default_int_handler
     )  # a shell's job in the background ignores it, as its children do
     # glibc keeps up to 32 MiB for later once such a block was freed, unless the threshold is fixed: that isn't growth.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 20)
     uses = args.only or list(USES)
     failures: list[str] = []
-    times: dict[str, list[float]] = {name: [] for name in uses}
-    samples: list[dict[str, Any]] = []
+    record = tempfile.TemporaryFile("w+")  # noqa: SIM115: the whole run; a list would grow
+    used = 0
     soak = Soak(args.seed)
     start = time.monotonic()
     baseline: dict[str, int] = {}
@@ -363,18 +372,13 @@ def main() -> int:
             except Exception:
                 failures.append(f"{name}: {traceback.format_exc()}")
                 print(failures[-1], file=sys.stderr)
-            times[name].append(time.monotonic() - began)
+            took_s = time.monotonic() - began
             left = soak.leftovers([soak.eldest, soak.other])
-            now = footprint()
-            samples.append(
-                {
-                    "s": time.monotonic() - start,
-                    "use": name,
-                    "client": now,
-                    "eldest": footprint(soak.eldest.pid),
-                    "left": left,
-                }
-            )
+            now = own_footprint()
+            sample = {"s": time.monotonic() - start, "use": name, "took_s": took_s, "client": now}
+            sample |= {"eldest": footprint(soak.eldest.pid), "left": left}
+            print(json.dumps(sample), file=record)
+            used += 1
             if left:
                 failures.append(f"{name} left {left}")
             if baseline and (grown := [key for key in ("fds", "threads") if now[key] > baseline[key]]):
@@ -382,10 +386,13 @@ def main() -> int:
             if left or (baseline and grown):
                 print(failures[-1], file=sys.stderr)
             if sys.stderr.isatty():
-                print(f"\r{len(samples)} machines used, {len(failures)} failures", end="", file=sys.stderr)
+                print(f"\r{used} machines used, {len(failures)} failures", end="", file=sys.stderr)
         rounds += 1
-        baseline = baseline or footprint()
+        baseline = baseline or own_footprint()
     seconds = time.monotonic() - start
+    record.seek(0)
+    samples: list[dict[str, Any]] = [json.loads(line) for line in record]
+    times = {name: [sample["took_s"] for sample in samples if sample["use"] == name] for name in uses}
     second, final = samples[len(uses) : 2 * len(uses)], samples[-len(uses) :]
     settled, last = second[-1], samples[-1]
     before_kib, after_kib = (max(sample["client"]["rss_kib"] for sample in part) for part in (second, final))
@@ -414,7 +421,7 @@ def main() -> int:
     for failure in failures:
         print(f"FAILED {failure}")
     if args.json:
-        result = {"seconds": seconds, "times_s": times, "samples": samples, "failures": failures}
+        result = {"seconds": seconds, "samples": samples, "failures": failures}
         Path(args.json).write_text(json.dumps(result, indent=1))
     return 1 if failures else 0
 
