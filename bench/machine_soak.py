@@ -357,7 +357,7 @@ def main() -> int:
     LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 20)
     uses = args.only or list(USES)
     failures: list[str] = []
-    record = tempfile.TemporaryFile("w+")  # noqa: SIM115: the whole run; a list would grow
+    record = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open throughout; a list would grow
     used = 0
     soak = Soak(args.seed)
     start = time.monotonic()
