@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::mem::ManuallyDrop;
 use std::os::fd::IntoRawFd;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 fn os_error(errno: i32) -> PyErr {
@@ -659,44 +659,10 @@ fn msr_list() -> Vec<u32> {
     msr::LIST.to_vec()
 }
 
-/// # Safety of the callers below
-/// The address comes from a mapping that the Python caller owns, and is aligned.
-macro_rules! ordered {
-    ($load:ident, $store:ident, $atomic:ty, $int:ty) => {
-        #[pyfunction]
-        fn $load(address: usize) -> PyResult<$int> {
-            if address == 0 || address % size_of::<$int>() != 0 {
-                return Err(PyValueError::new_err("unaligned address"));
-            }
-            // SAFETY: see above.
-            Ok(unsafe { &*(address as *const $atomic) }.load(Ordering::Acquire))
-        }
-        #[pyfunction]
-        fn $store(address: usize, value: $int) -> PyResult<()> {
-            if address == 0 || address % size_of::<$int>() != 0 {
-                return Err(PyValueError::new_err("unaligned address"));
-            }
-            // SAFETY: see above.
-            unsafe { &*(address as *const $atomic) }.store(value, Ordering::Release);
-            Ok(())
-        }
-    };
-}
-ordered!(load_u16, store_u16, std::sync::atomic::AtomicU16, u16);
-ordered!(load_u32, store_u32, AtomicU32, u32);
-ordered!(load_u64, store_u64, AtomicU64, u64);
-
-#[pyfunction]
-#[pyo3(name = "fence")]
-fn full_fence() {
-    fence(Ordering::SeqCst);
-}
-
 #[pymodule]
 mod _engine {
     #[pymodule_export]
-    use super::{
-        Vcpu, Vm, full_fence, host_cpuid, host_tsc_khz, load_u16, load_u32, load_u64, monotonic_raw_ns, msr_list,
-        store_u16, store_u32, store_u64, supported_xcr0,
-    };
+    use super::{Vcpu, Vm, host_cpuid, host_tsc_khz, monotonic_raw_ns, msr_list, supported_xcr0};
+    #[pymodule_export]
+    use crate::ordered::{full_fence, load_u16, load_u32, load_u64, store_u16, store_u32, store_u64};
 }

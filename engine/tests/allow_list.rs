@@ -1,6 +1,8 @@
 //! The allow-list holds what it promises: a copied instruction has no effect beside its operands, the implicit
 //! registers whose homes are the guest's own, flags, and x87 or vector state.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::classify::{Class, Features, classify};
 use _engine::xstate;

@@ -1,5 +1,7 @@
 //! AVX-512: masked operands that are partly missing, scatters, state that comes and goes, against the processor.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::Exit;
 use _engine::xstate;

@@ -5,6 +5,8 @@
 //! own mapping are the identity on one region, and pages that the guest lacks the host lacks, too. `KVMKIT_CASES` and
 //! `KVMKIT_SEED` set how many cases of each kind there are and where to start; `bench/soak.py` runs a million.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::classify::{Class, Features, classify};
 use _engine::cpu::{CS, Cpu, Exit, RSP, SS, Seg, Vcpu, cr0, cr4, efer, rflags};

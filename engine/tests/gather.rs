@@ -1,5 +1,7 @@
 //! AVX2 gathers against the host's own, and their faults half-way.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::Exit;
 use common::*;

@@ -1,5 +1,7 @@
 //! What a guest might try against the engine's own bookkeeping.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::Exit;
 use common::*;

@@ -1,6 +1,8 @@
 //! 32-bit code, interpreted by the engine and run by the host CPU itself in compatibility mode: same registers,
 //! flags and memory. `KVMKIT_CASES` and `KVMKIT_SEED` as in `differential`.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::classify::{Class, Features, classify};
 use _engine::cpu::{CS, Exit, Seg, Vcpu, cr0, rflags};

@@ -1,5 +1,7 @@
 //! Two vCPUs and the host: what one changes, the other notices, and nobody waits for ever.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::{Exit, Vcpu};
 use _engine::mem::{LOG_DIRTY, Slots};

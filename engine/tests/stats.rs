@@ -1,5 +1,7 @@
 //! Counters: what they count, and the layout of the file that shows them.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::Exit;
 use _engine::stats::{Counter, vcpu, vm};

@@ -1,6 +1,8 @@
 //! Exceptions, interrupts, segments, far transfers, flags and control registers (Intel SDM volume 3, chapters
 //! 2, 5, 6 and 18).
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::{CS, CpuidEntry, DS, ES, Exception, Exit, FS, GS, RSP, SS, Stop, cr0, cr4, efer, rflags, shadow};
 use _engine::debug::guestdbg;

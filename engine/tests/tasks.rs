@@ -1,5 +1,7 @@
 //! Call gates, task switches and virtual-8086 mode (Intel SDM volume 3, chapters 5.8, 8 and 22).
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::{CS, DS, ES, Exception, Exit, FS, GS, RSP, SS, Stop, cr0, efer, rflags};
 use _engine::{debug, exception, far, interp, segment};

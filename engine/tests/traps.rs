@@ -1,5 +1,7 @@
 //! What traps on the host when copied code runs is the guest's exception, at the guest's instruction.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::{Exit, rflags};
 use common::*;

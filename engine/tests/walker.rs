@@ -1,6 +1,8 @@
 //! The page walker: every paging mode, permission and reserved bit, by its error code (Intel SDM volume 3,
 //! chapter 4; 4.7 for the code's bits).
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::{Exception, cr0, cr4, efer, mmu_mode};
 use _engine::mem::{LOG_DIRTY, READONLY, Slot, Slots};

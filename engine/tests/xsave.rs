@@ -1,5 +1,7 @@
 //! XSAVE's family against the host's own: what is written, what is refused, what comes back.
 
+#![cfg(target_arch = "x86_64")]
+
 mod common;
 use _engine::cpu::{CpuidEntry, Exit};
 use _engine::xstate::{self, AVX, OPMASK, SSE, X87};
