@@ -1,5 +1,8 @@
 """Hostile guests: small VMs made of a seed, of random and of mutated code, tables and state, to be run against an engine.
 
+Most have several vCPUs, which run at once in the same memory; beside them a host thread may change memory slots and the dirty log,
+raise interrupts and kick vCPUs. A seed makes the same guest each time, but what such threads do to each other differs.
+
 Whatever such a guest does, the engine must come back from it within its time limit, and must have touched no host memory
 but the guest's. `Arena` holds the memory so that this shows: inaccessible pages lie on both sides of each block, and
 canaries beside those. `run` makes and runs the guest of one seed; the process that calls it may die, so a caller who wants
@@ -11,12 +14,14 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from kvmkit.kvm import GuestMemory, Kvm, MemoryMap, Vcpu, Vm
-from kvmkit.kvm.exits import Exit, Intr, Io, Mmio
+from kvmkit.kvm.exits import Exit, InternalError, Intr, Io, Mmio
 from kvmkit.kvm.modes import descriptor, set_long_mode, set_protected_mode, set_real_mode
 from kvmkit.machine.errors import KernelError
 from kvmkit.machine.x86.boot import Protocol, load_linux
@@ -29,6 +34,8 @@ from kvmkit.testing.hostile_code import (
     patched_code,
     random_code,
     skip_handlers,
+    storm_code,
+    table_code,
     valid_code,
 )
 from kvmkit.uapi import common as c
@@ -42,6 +49,8 @@ SMALL_BYTES = 2 * PAGE
 KERNEL_BYTES = 4 << 20
 """Memory at guest physical 0 of guests that a kernel's file is loaded into."""
 CODE, TABLES, IDT, HANDLERS, STACK, TSS = 0x1000, 0x10000, 0x9000, 0x20000, 0x8000, 0xB000
+PAGE_TABLE, WINDOW = 0x30000, 0x400000
+"""A page table of 4 KiB pages that guests of the kind "shootdowns" rewrite, and the linear addresses that it maps."""
 _GUARD_BYTES = 16 * PAGE
 _CANARY_BYTES = 16 * PAGE
 _MAX_EXITS = 200
@@ -106,6 +115,19 @@ class GuardedBlock(GuestMemory):
             if canary != self._expected:
                 at = next(i for i in range(_CANARY_BYTES) if canary[i] != self._expected[i])
                 raise CanaryError(f"byte {at:#x} of the canary {side} a block of {self.size_bytes:#x} bytes")
+
+    @contextmanager
+    def inaccessible(self) -> Iterator[None]:
+        """Context in which any access of the block traps, as of the guard pages beside it."""
+        self._protect(0)
+        try:
+            yield
+        finally:
+            self._protect(3)
+
+    def _protect(self, protection: int) -> None:
+        if _libc.mprotect(self.address, self.size_bytes, protection):
+            raise OSError(ctypes.get_errno(), "mprotect of guest memory")
 
     def close(self) -> None:
         """Nothing: it lives as long as its arena, whatever a `MemoryMap` thinks."""
@@ -188,7 +210,7 @@ class _Limit:
 @dataclass(frozen=True)
 class Outcome:
     """How the guest of `seed` ended: `end` is the name of its last exit, "limit" (time), "exits" (too many of them) or
-    "refused" (a kernel that the loader refused). `seconds` is how long it ran.
+    "refused" (a kernel that the loader refused). `exits` are those of the first of its `vcpus`; `seconds` is how long it ran.
     """
 
     seed: int
@@ -196,6 +218,7 @@ class Outcome:
     end: str
     exits: int
     seconds: float
+    vcpus: int
     message: str = ""
 
 
@@ -208,10 +231,13 @@ class _Hostile:
         self.arena = arena
         self.kind = self.random.choice(list(_KINDS))
         self.vm: Vm = system.create_vm()
-        self.irqchip = self.kind == "interrupts" or self.random.random() < 0.2
+        self.irqchip = self.kind in ("interrupts", "storms") or self.random.random() < 0.2
         self.blocks: list[tuple[int, GuardedBlock]] = []
+        self.slots_lock = threading.Lock()
         self.refused = 0
-        self.done = False
+        self.failures: list[BaseException] = []
+        """What came out of other threads than the first vCPU's."""
+        self.done = threading.Event()
         self.started = 0.0
         arena.clear(self.kind == "headers")
         if self.irqchip:
@@ -220,11 +246,13 @@ class _Hostile:
                 self.vm.create_pit2()
         self._map()
         self.vcpus: list[Vcpu] = []
-        for id in range(2 if self.kind == "processors" else 1):
+        processors = self.random.choice((2, 3, 4) if self.kind in _TOGETHER else (1, 2, 3, 4))
+        for id in range(1 if self.kind == "headers" else processors):
             vcpu = self.vm.create_vcpu(id)
             vcpu.set_cpuid2(system.get_supported_cpuid())
             self.vcpus.append(vcpu)
         self.vcpu = self.vcpus[0]
+        self.disturbed = self.kind == "slots" or self.random.random() < (0.6 if len(self.vcpus) > 1 else 0.1)
         self.bits = self.random.choice((64, 64, 64, 32, 16))
 
     def _map(self) -> None:
@@ -269,9 +297,15 @@ class _Hostile:
         self.write(address, data)
 
     def enter(self) -> None:
-        """A valid state of the mode, a stack, an IDT whose handlers skip what faulted, and random general registers."""
+        """A valid state of the mode, a stack, an IDT whose handlers skip what faulted, and random general registers.
+
+        With an irqchip, some of the further processors wait for INIT and SIPI.
+        """
         for vcpu in self.vcpus:
             self._enter(vcpu)
+        for vcpu in self.vcpus[1:]:
+            if self.irqchip and self.random.random() < 0.8:
+                vcpu.set_mp_state(c.KVM_MP_STATE_RUNNABLE)
 
     def _enter(self, vcpu: Vcpu) -> None:
         r = self.random
@@ -296,7 +330,7 @@ class _Hostile:
         regs = vcpu.get_regs()
         for name in REGISTERS:
             setattr(regs, name, self.pointer())
-        regs.rsp = STACK if r.random() < 0.9 else self.pointer()
+        regs.rsp = STACK - vcpu.id * 0x400 if r.random() < 0.9 else self.pointer()
         regs.rflags = 2 | (r.getrandbits(22) & 0x4CFFD5 & ~(1 << 8) if r.random() < 0.5 else 0)
         if r.random() < 0.05:
             regs.rflags |= 1 << 8  # single steps
@@ -474,14 +508,12 @@ class _Hostile:
         sregs.idt.limit = r.choice((sregs.idt.limit, r.getrandbits(16)))
         self.attempt(lambda: self.vcpu.set_sregs(sregs))
         for _ in range(r.randrange(4)):
-            self.set_something()
+            self.set_something(self.vcpu, r)
         if r.random() < 0.3:
             self.write(TABLES, r.randbytes(7 * PAGE))
 
-    def set_something(self) -> None:
-        """One random KVM_SET_*."""
-        r = self.random
-        vcpu = self.vcpu
+    def set_something(self, vcpu: Vcpu, r: Random) -> None:
+        """One random KVM_SET_* of `vcpu`."""
         match r.randrange(11):
             case 0:
                 regs = vcpu.get_regs()
@@ -551,14 +583,14 @@ class _Hostile:
             at = IDT + r.randrange(4096)
             self.write(at, r.randbytes(8))
         for _ in range(r.randrange(1, 6)):
-            self.interrupt_something()
+            self.interrupt_something(r)
 
-    def interrupt_something(self) -> None:
-        """An interrupt, an NMI or a message."""
-        r = self.random
+    def interrupt_something(self, r: Random) -> None:
+        """An interrupt, an NMI or a message. Any thread."""
+        vcpu = r.choice(self.vcpus)
         match r.randrange(5):
             case 0:
-                self.attempt(self.vcpu.nmi)
+                self.attempt(vcpu.nmi)
             case 1:
                 address = 0xFEE00000 | r.getrandbits(20) if r.random() < 0.9 else r.getrandbits(64)
                 self.attempt(lambda: self.vm.signal_msi(address, r.getrandbits(r.choice((8, 16, 32)))))
@@ -569,19 +601,93 @@ class _Hostile:
                 ctypes.memmove(ctypes.addressof(chip.chip), r.randbytes(256), 256)
                 self.attempt(lambda: self.vm.set_irqchip(chip))
             case _:
-                self.attempt(lambda: self.vcpu.interrupt(r.getrandbits(8)))
+                self.attempt(lambda: vcpu.interrupt(r.getrandbits(8)))
 
     def make_processors(self) -> None:
-        """Two processors at once: one changes the code and the page tables that the other uses. (Not the same twice.)"""
+        """Processors that change the code, tables and handlers that the others use, the same code or each its own."""
         r = self.random
         self.enter()
         self.code(patched_code(r, self.bits, r.choice((CODE, CODE, TABLES, IDT))))
-        other = self.vcpus[1]
-        regs = other.get_regs()
-        regs.rip = r.choice((CODE, CODE, 0x4000))
-        other.set_regs(regs)
-        self.write(0x4000, control_code(r, self.bits, 40, self.pointer))
-        self.attempt(lambda: other.set_mp_state(0))
+        for vcpu in self.vcpus[1:]:
+            own = 0x4000 + vcpu.id * 0x1000
+            self.start_at(vcpu, r.choice((CODE, CODE, CODE + r.randrange(256), own)))
+            match r.randrange(3):
+                case 0:
+                    code = control_code(r, self.bits, 30, self.pointer)
+                case 1:
+                    code = random_code(r, self.bits, 1000)
+                case _:
+                    code = patched_code(r, self.bits, r.choice((CODE, HANDLERS, own)))
+            self.write(own, code[:PAGE])
+
+    def start_at(self, vcpu: Vcpu, address: int) -> None:
+        """Have `vcpu` start at `address`."""
+        regs = vcpu.get_regs()
+        regs.rip = address
+        vcpu.set_regs(regs)
+
+    def make_shootdowns(self) -> None:
+        """Page tables that every processor rewrites under the feet of the others, with and without the flush that it takes."""
+        r = self.random
+        self.bits = r.choice((64, 64, 32))
+        self.enter()
+        wide = self.bits == 64
+        for n in range(16):
+            entry = (self.page() | 7) & (1 << (64 if wide else 32)) - 1
+            self.write(PAGE_TABLE + n * (8 if wide else 4), entry.to_bytes(8 if wide else 4, "little"))
+        if wide:
+            # Of a directory that maps 2 MiB pages: the entry of WINDOW.
+            self.write(TABLES + 2 * PAGE + (WINDOW >> 21) * 8, (PAGE_TABLE | 7).to_bytes(8, "little"))
+        else:
+            directory = PAGE_TABLE + PAGE
+            for n in range(1024):
+                self.write(directory + n * 4, (n << 22 | 0x87).to_bytes(4, "little"))
+            self.write(directory + (WINDOW >> 22) * 4, (PAGE_TABLE | 7).to_bytes(4, "little"))
+            for vcpu in self.vcpus:
+                sregs = vcpu.get_sregs()
+                sregs.cr3, sregs.cr0 = directory, sregs.cr0 | 1 << 31
+                sregs.cr4 |= 1 << 4
+                self.attempt(partial(vcpu.set_sregs, sregs))
+        for vcpu in self.vcpus:
+            own = CODE if r.random() < 0.5 else 0x40000 + vcpu.id * 0x8000
+            self.start_at(vcpu, own)
+            self.write(own, table_code(r, self.bits, 60, PAGE_TABLE, WINDOW, self.page))
+
+    def page(self) -> int:
+        """The address of a page of memory, mostly: one of the first block's code and data, or of a small one."""
+        r = self.random
+        if r.random() < 0.05:
+            return self.pointer()
+        gpa, block = r.choice([(g, b) for g, b in self.blocks if self.bits == 64 or g < 1 << 32])
+        return gpa + r.randrange(0, min(block.size_bytes, 0x90000), PAGE)
+
+    def make_storms(self) -> None:
+        """Interrupts, NMIs, INITs and SIPIs from every processor to every other, timers and breakpoints."""
+        r = self.random
+        self.enter()
+        starts = [CODE, 0x4000, 0x5000, HANDLERS]
+        for vcpu in self.vcpus:
+            own = r.choice(starts[:3])
+            self.start_at(vcpu, own)
+            self.write(own, storm_code(r, self.bits, 60, starts)[: 3 * PAGE])
+            regs = vcpu.get_regs()
+            regs.rflags |= 1 << 9
+            vcpu.set_regs(regs)
+
+    def make_slots(self) -> None:
+        """Accesses everywhere while the host takes memory away and brings it back."""
+        r = self.random
+        self.bits = r.choice((64, 64, 32))
+        self.enter()
+        for vcpu in self.vcpus:
+            own = CODE if r.random() < 0.5 else 0x40000 + vcpu.id * 0x8000
+            self.start_at(vcpu, own)
+            self.write(own, access_code(r, self.bits, 300, r.choice((self.page, self.page, self.edge))))
+        # Code in the blocks that come and go.
+        for gpa, _ in self.blocks[1:]:
+            self.write(gpa, random_code(r, self.bits, 500))
+            if gpa < 1 << 32 and r.random() < 0.3:
+                self.start_at(r.choice(self.vcpus), gpa)
 
     def make_headers(self) -> None:
         """A kernel's file with wrong fields: the loader refuses it, or what it loaded is run."""
@@ -607,67 +713,127 @@ class _Hostile:
 
     # Running.
 
-    def answer(self, exit_: Exit) -> None:
-        """Do what a device, or user space at large, may do between two runs."""
-        r = self.random
+    def answer(self, vcpu: Vcpu, exit_: Exit, r: Random) -> None:
+        """Do what a device, or user space at large, may do between two runs of `vcpu`."""
         if (isinstance(exit_, Io) and not exit_.is_out) or (isinstance(exit_, Mmio) and not exit_.is_write):
             exit_.data[:] = r.randbytes(len(exit_.data))
         match r.randrange(24):
             case 0:
-                self.set_something()
+                self.set_something(vcpu, r)
             case 1:
-                self.interrupt_something()
+                self.interrupt_something(r)
             case 2:
-                address = r.randrange(LOW_BYTES - 64)
-                self.write(address, r.randbytes(64))
-                self.vm.memory_written(address, 64)
+                self.write_something(r)
             case 3:
-                # A slot goes, comes back elsewhere, or is logged from now on.
-                slot = r.randrange(len(self.blocks) > 1, len(self.blocks))
-                gpa, block = self.blocks[slot]
-                if r.random() < 0.5:
-                    self.attempt(lambda: self.vm.set_user_memory_region(slot, 0, 0, 0))
-                    gpa = r.choice((gpa, 0x200000, 0x40000000 + r.randrange(16) * PAGE))
-                flags = r.choice((0, c.KVM_MEM_LOG_DIRTY_PAGES))
-                self.attempt(
-                    lambda: self.vm.set_user_memory_region(slot, gpa, block.size_bytes, block.address, flags)
-                )
+                self.change_slot(r)
             case 4:
-                self.attempt(lambda: self.vm.get_dirty_log(r.randrange(4)))
+                self.read_dirty_log(r)
             case 5:
-                sregs = self.vcpu.get_sregs()
-                self.attempt(lambda: self.vcpu.set_sregs(sregs))
+                sregs = vcpu.get_sregs()
+                self.attempt(lambda: vcpu.set_sregs(sregs))
             case 6:
-                self.vcpu.get_xsave()
-                self.vcpu.get_vcpu_events()
+                vcpu.get_xsave()
+                vcpu.get_vcpu_events()
             case _:
                 pass
 
+    def write_something(self, r: Random) -> None:
+        """Write memory as a device does. Any thread."""
+        address = r.choice((r.randrange(LOW_BYTES - 64), r.choice((CODE, PAGE_TABLE)) + r.randrange(1024)))
+        self.write(address, r.randbytes(64))
+        self.vm.memory_written(address, 64)
+
+    def change_slot(self, r: Random) -> None:
+        """A slot goes and comes back, there or elsewhere, or is logged from now on. Any thread.
+
+        While it is gone, its memory is inaccessible to the host too: who still believes in it shows.
+        """
+        with self.slots_lock:
+            slot = r.randrange(len(self.blocks) > 1, len(self.blocks))
+            gpa, block = self.blocks[slot]
+            if r.random() < 0.5:
+                self.attempt(lambda: self.vm.set_user_memory_region(slot, 0, 0, 0))
+                if slot:
+                    with block.inaccessible():
+                        self.done.wait(r.choice((0, 1e-4)))
+                gpa = r.choice((gpa, 0x200000, 0x40000000 + r.randrange(16) * PAGE))
+            flags = r.choice((0, c.KVM_MEM_LOG_DIRTY_PAGES))
+            self.attempt(
+                lambda: self.vm.set_user_memory_region(slot, gpa, block.size_bytes, block.address, flags)
+            )
+
+    def read_dirty_log(self, r: Random) -> None:
+        """Read the dirty log of a slot, and clear some of it. Any thread."""
+        slot = r.randrange(4)
+        self.attempt(lambda: self.vm.get_dirty_log(slot))
+        pages = (LOW_BYTES if slot == 0 else SMALL_BYTES) // PAGE
+        self.attempt(lambda: self.vm.clear_dirty_log(slot, 0, pages, r.randbytes(pages // 8 + 1)))
+
+    def disturb(self) -> None:
+        """Be the host's thread that changes things under the feet of running vCPUs."""
+        r = Random(f"{self.seed} host")
+        slots = self.kind == "slots"
+        while not self.done.is_set():
+            match r.randrange(8):
+                case 0 | 1:
+                    self.change_slot(r)
+                case 2 | 3 if slots:
+                    self.change_slot(r)
+                case 2:
+                    self.read_dirty_log(r)
+                case 3:
+                    self.interrupt_something(r)
+                case 4:
+                    self.write_something(r)
+                case 5:
+                    r.choice(self.vcpus[1:] or self.vcpus).kick()
+                case _:
+                    self.done.wait(r.choice((0, 1e-4, 5e-4)))
+
     def run(self, limit_s: float) -> Outcome:
         self.started = time.monotonic()
-        others = [threading.Thread(target=self._run_other, args=(vcpu,)) for vcpu in self.vcpus[1:]]
+        jobs: list[Callable[[], None]] = [partial(self._run_other, vcpu) for vcpu in self.vcpus[1:]]
+        if self.disturbed:
+            jobs.append(self.disturb)
+        others = [threading.Thread(target=self._catch, args=(job,)) for job in jobs]
         for thread in others:
             thread.start()
         try:
-            return self._run(limit_s)
+            outcome = self._run(limit_s)
         finally:
-            self.done = True
-            for vcpu in self.vcpus[1:]:
-                vcpu.kick()
-            for thread in others:
-                thread.join()
+            self.done.set()
+            while any(thread.is_alive() for thread in others):
+                for vcpu in self.vcpus[1:]:
+                    vcpu.kick()
+                for thread in others:
+                    thread.join(0.001)
+        if self.failures:
+            raise self.failures[0]
+        return outcome
+
+    def _catch(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self.failures.append(error)
 
     def _run_other(self, vcpu: Vcpu) -> None:
+        r = Random(f"{self.seed} vCPU {vcpu.id}")
         exits = 0
-        while not self.done and exits < _MAX_EXITS:
-            vcpu.run()
+        while not self.done.is_set() and exits < _MAX_EXITS:
+            exit_ = vcpu.run()
+            vcpu.immediate_exit = False
             exits += 1
+            self.check_exit(vcpu, exit_)
+            self.answer(vcpu, exit_, r)
 
     def _run(self, limit_s: float) -> Outcome:
         exits = 0
         with self.arena.limit(self.vcpu, limit_s) as watchdog:
             while True:
                 exit_ = self.vcpu.run()
+                if not watchdog.expired:
+                    self.vcpu.immediate_exit = False
                 exits += 1
                 name = type(exit_).__name__
                 if watchdog.expired:
@@ -676,16 +842,25 @@ class _Hostile:
                     return self.outcome("exits", exits)
                 if self.kind == "headers" and self.refused:
                     return self.outcome("refused", exits)
+                message = self.check_exit(self.vcpu, exit_)
                 if not isinstance(exit_, Io | Mmio | Intr) and self.random.random() < 0.8:
-                    return self.outcome(name, exits)
-                self.answer(exit_)
+                    return self.outcome(name, exits, message)
+                self.answer(self.vcpu, exit_, self.random)
 
-    def outcome(self, end: str, exits: int) -> Outcome:
-        message = str(getattr(self.vcpu, "error_message", "")) if end == "InternalError" else ""
-        if "host trap" in message or "translated code left" in message:
+    def check_exit(self, vcpu: Vcpu, exit_: Exit) -> str:
+        """`StrayAccessError` if `exit_` says that translated code went astray; the message of an `InternalError`."""
+        if not isinstance(exit_, InternalError):
+            return ""
+        message = str(getattr(vcpu, "error_message", ""))
+        if "host trap" in message or "translated code" in message:
             # The engine survives a stray access of translated code, but there must be none.
             raise StrayAccessError(message)
-        return Outcome(self.seed, self.kind, end, exits, time.monotonic() - self.started, message)
+        return message
+
+    def outcome(self, end: str, exits: int, message: str = "") -> Outcome:
+        return Outcome(
+            self.seed, self.kind, end, exits, time.monotonic() - self.started, len(self.vcpus), message
+        )
 
     def close(self) -> None:
         for vcpu in self.vcpus:
@@ -704,9 +879,14 @@ _KINDS: dict[str, Callable[[_Hostile], None]] = {
     "state": _Hostile.make_state,
     "interrupts": _Hostile.make_interrupts,
     "processors": _Hostile.make_processors,
+    "shootdowns": _Hostile.make_shootdowns,
+    "storms": _Hostile.make_storms,
+    "slots": _Hostile.make_slots,
     "headers": _Hostile.make_headers,
 }
 KINDS = tuple(_KINDS)
+_TOGETHER = frozenset(("processors", "shootdowns", "storms"))
+"""Kinds that take several vCPUs."""
 
 
 def run(system: Kvm, arena: Arena, seed: int, limit_s: float = 0.02) -> Outcome:

@@ -1,7 +1,7 @@
 """Machine code for hostile guests: made of bytes, so that it needs no assembler and a seed always gives the same."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16)))
@@ -274,6 +274,81 @@ def device_code(r: Random, bits: int, count: int) -> bytes:
                 out += b"\x0f\x30"
             case _:
                 out += r.choice((b"\xfb", b"\xfa", b"\xfb\xf4", b"\xcd\x40", instruction(r, bits)))
+    return _loop(out, bits)
+
+
+def table_code(
+    r: Random, bits: int, count: int, table: int, window: int, pointer: Callable[[], int]
+) -> bytes:
+    """Return code that rewrites entries of the page table at `table` and uses the pages at `window` that they map.
+
+    Some entries are flushed afterwards, in one way or another, and others not.
+    """
+    out = b""
+    for _ in range(count):
+        page = r.randrange(16)
+        entry = (pointer() & ~0xFFF & (1 << 52) - 1) | r.choice(
+            (7, 7, 3, 5, 1, 0, 0x107, 0x67, r.getrandbits(12))
+        )
+        if bits == 64 and r.random() < 0.1:
+            entry |= 1 << 63
+        out += _load(r, bits, 7, table + page * (8 if bits == 64 else 4)) + _load(r, bits, 0, entry)
+        wide = b"\x48" if bits == 64 else b""
+        # A store, XCHG, or a locked flip of P, R/W or U/S.
+        out += r.choice(
+            (wide + b"\x89\x07", wide + b"\x87\x07", b"\xf0\x0f\xba\x3f" + bytes([r.randrange(3)]))
+        )
+        out += _load(r, bits, 7, window + page * 4096 + r.choice((0, 8, 0xFF8, 0xFFC, 0xFFF)))
+        # INVLPG, a reload of CR3, or nothing.
+        out += r.choice((b"\x0f\x01\x3f", b"\x0f\x01\x3f", b"\x0f\x20\xd8\x0f\x22\xd8", b""))
+        for _ in range(r.randrange(1, 4)):
+            out += r.choice(_ACCESSES)
+        if r.random() < 0.2:
+            # RET (C3) there, and call it.
+            out += b"\xc6\x07\xc3\xff\xd7"
+    return _loop(out, bits)
+
+
+def storm_code(r: Random, bits: int, count: int, pages: Sequence[int]) -> bytes:
+    """Return interrupt commands to some or all processors between other code; those started start at one of `pages`."""
+    out = b""
+    for _ in range(count):
+        # Fixed, lowest priority, SMI, NMI, INIT, SIPI; to a processor, itself, all, all others.
+        command = r.choice((0x000, 0x100, 0x200, 0x400, 0x400, 0x500, 0x600, 0x600, r.randrange(8) << 8))
+        command |= r.choice(pages) >> 12 if command == 0x600 else r.randrange(256)
+        command |= (
+            r.choice((0, 1, 2, 3, 3)) << 18 | r.choice((0x4000, 0x4000, 0xC000, 0)) | r.choice((0, 0, 0x800))
+        )
+        target = r.choice((r.randrange(4), 0xFF, r.getrandbits(8)))
+        if r.random() < 0.2:  # x2APIC
+            out += (
+                _load(r, bits, 1, 0x830)
+                + _load(r, bits, 0, command)
+                + _load(r, bits, 2, target)
+                + b"\x0f\x30"
+            )
+        else:
+            out += _load(r, bits, 7, 0xFEE00310) + _load(r, bits, 0, target << 24) + b"\x89\x07"
+            out += _load(r, bits, 7, 0xFEE00300) + _load(r, bits, 0, command) + b"\x89\x07"
+        match r.randrange(6):
+            case 0:  # the timer: its vector and mode, then its count
+                lvt = r.randrange(16, 256) | r.choice((0, 1 << 17))
+                for register, value in (
+                    (0x320, lvt),
+                    (0x3E0, 0xB),
+                    (0x380, r.getrandbits(r.choice((4, 12, 20)))),
+                ):
+                    out += _load(r, bits, 7, 0xFEE00000 + register) + _load(r, bits, 0, value) + b"\x89\x07"
+            case 1:  # a breakpoint on data or code
+                for register, value in (
+                    (r.randrange(4), r.choice(pages) + r.randrange(64)),
+                    (7, r.getrandbits(32) & ~0x2000),
+                ):
+                    out += _load(r, bits, 0, value) + bytes([0x0F, 0x23, 0xC0 | register << 3])
+            case 2:  # the end of an interrupt
+                out += _load(r, bits, 7, 0xFEE000B0) + b"\x89\x07"
+            case _:
+                out += r.choice((b"\xfb", b"\xfb\xf4", b"\xfa", b"\xf3\x90", instruction(r, bits)))
     return _loop(out, bits)
 
 
