@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvmkit.kvm.memory import MemorySlot
 from kvmkit.uapi import common, x86
-from kvmkit.uapi.errors import not_supported
 
 if TYPE_CHECKING:
     from kvmkit.kvm.contract import Vcpu
@@ -46,7 +45,7 @@ class Step:
     name: str
     """The architecture's: "PML4E", "PDE", "level 2"."""
     level: int
-    """1 is the last that there can be."""
+    """As the architecture counts: down to 1 on x86, up to 3 on arm64."""
     table: int
     """The table's address; a gpa in the stage gva → gpa."""
     index: int
@@ -228,13 +227,16 @@ def walk(vcpu: "Vcpu", gva: int) -> Walk:
     if not 0 <= gva < 1 << 64:
         raise ValueError(f"address {gva:#x}: 0 to {(1 << 64) - 1:#x}")
     memory = SlotMemory(vcpu.memory_slots)
-    if not isinstance(vcpu.kvm_run, x86.kvm_run):
-        raise not_supported("Vcpu.walk")
-    from kvmkit.kvm.walk_x86 import walk_tables
+    if isinstance(vcpu.kvm_run, x86.kvm_run):
+        from kvmkit.kvm import walk_x86
 
-    paging = walk_tables(vcpu, memory, gva)
+        paging, bits_without = walk_x86.walk_tables(vcpu, memory, gva), 32
+    else:
+        from kvmkit.kvm import walk_arm64
+
+        paging, bits_without = walk_arm64.walk_tables(vcpu, memory, gva), 64
     stages: list[Stage] = [paging] if paging is not None else []
-    gpa = gva & 0xFFFFFFFF if paging is None else paging.result
+    gpa = gva & (1 << bits_without) - 1 if paging is None else paging.result
     if gpa is not None:
         slot = memory.find(gpa)
         hva = None if slot is None else slot.hva + gpa - slot.gpa
