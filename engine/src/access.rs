@@ -3,7 +3,7 @@
 //! All take linear addresses and an MMU mode (`cpu::mmu_mode`). A read or write either happens as a whole or
 //! stops the instruction before it changed anything; see `IoState` for how devices fit in.
 
-use crate::cpu::{Cpu, Exception, Exit, Res, TlbEntry, Vcpu, cr0, mmu_mode, rflags};
+use crate::cpu::{Cpu, Exception, Exit, Res, Source, TlbEntry, Vcpu, cr0, mmu_mode, rflags};
 use crate::debug::{self, Kind};
 use crate::mem::{LOG_DIRTY, READONLY, Slot};
 use crate::mmu::{self, Intent};
@@ -106,7 +106,7 @@ pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
                 io.used += 1;
             }
             _ => {
-                io.waiting = Some((at, part.len(), false));
+                io.waiting = Some((at, part.len(), Source::Memory));
                 io.used = 0;
                 return Err(Exit::Mmio { gpa: at, len: part.len() as u8, write: false, data: [0; 8] }.into());
             }

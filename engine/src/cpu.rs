@@ -391,6 +391,13 @@ pub enum Exit {
         dr6: u64,
         dr7: u64,
     },
+    /// RDMSR or WRMSR that user space decides.
+    Msr {
+        write: bool,
+        reason: u32,
+        index: u32,
+        data: u64,
+    },
     InternalError(String),
 }
 
@@ -422,14 +429,30 @@ pub type Res<T> = Result<T, Stop>;
 /// instruction starts.
 #[derive(Default)]
 pub struct IoState {
-    /// Fragments read so far by the instruction at `rip`: gpa or port, data.
+    /// Fragments read so far by the instruction at `rip`: gpa, port or `IoState::msr`, data.
     pub done: Vec<(u64, Vec<u8>)>,
     /// How many of `done` the current attempt has used.
     pub used: usize,
-    /// The read that user space is answering now: address, length in bytes, whether it is a port.
-    pub waiting: Option<(u64, usize, bool)>,
+    /// The read that user space is answering now: address, length in bytes, and what of.
+    pub waiting: Option<(u64, usize, Source)>,
     /// Device writes (gpa, data) of a completed instruction that have not left yet.
     pub writes: std::collections::VecDeque<(u64, Vec<u8>)>,
+}
+
+impl IoState {
+    /// Where the answer to an access to an MSR stands in `done`: beyond guest physical addresses and ports.
+    pub fn msr(index: u32) -> u64 {
+        1 << 63 | index as u64
+    }
+}
+
+/// What user space answers for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Memory,
+    Port,
+    /// `kvm_run.msr`, whole.
+    Msr,
 }
 
 /// CPUID entry as KVM_SET_CPUID2 gives it (`kvm_cpuid_entry2`).

@@ -4,6 +4,8 @@
 use crate::cpu::{Cpu, FS, GS, Vcpu, cr0, efer};
 use crate::mmu::{self, is_canonical};
 use crate::{pvclock, sys};
+use std::sync::RwLock;
+use std::sync::atomic::AtomicU32;
 
 /// MSRs that a vCPU's state consists of: KVM_GET_MSR_INDEX_LIST.
 pub const LIST: &[u32] = &[
@@ -73,11 +75,20 @@ fn fixed_mtrr(index: u32) -> Option<usize> {
     })
 }
 
-/// Read an MSR; `None` where the processor raises #GP.
-pub fn read(v: &mut Vcpu, index: u32) -> Option<u64> {
+/// Why an access to an MSR raises #GP. The numbers are KVM_MSR_EXIT_REASON_*.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    Invalid = 1,
+    Unknown = 2,
+    Filtered = 4,
+}
+use Refused::{Invalid, Unknown};
+
+/// Read an MSR; an error where the processor raises #GP.
+pub fn read(v: &mut Vcpu, index: u32) -> Result<u64, Refused> {
     let c: &Cpu = &v.cpu;
     let m = &c.msr;
-    Some(match index {
+    Ok(match index {
         0x10 => sys::tsc(c),
         0x17 => 0, // IA32_PLATFORM_ID
         0x1b => m.apic_base,
@@ -98,7 +109,7 @@ pub fn read(v: &mut Vcpu, index: u32) -> Option<u64> {
         0x277 => m.pat,
         0x2ff => m.mtrr_def_type,
         0xda0 => 0, // IA32_XSS: no supervisor components
-        0x6e0 | 0x800..=0x8ff => return v.lapic_msr_read(index),
+        0x6e0 | 0x800..=0x8ff => return v.lapic_msr_read(index).ok_or(Invalid),
         0xc000_0080 => c.efer,
         0xc000_0081 => m.star,
         0xc000_0082 => m.lstar,
@@ -118,13 +129,14 @@ pub fn read(v: &mut Vcpu, index: u32) -> Option<u64> {
         | 0xc001_1029 => 0,
         0x11 | 0x4b56_4d00 => m.kvm_wall_clock,
         0x12 | 0x4b56_4d01 => m.kvm_system_time,
-        _ => m.mtrr_fixed[fixed_mtrr(index)?],
+        _ => m.mtrr_fixed[fixed_mtrr(index).ok_or(Unknown)?],
     })
 }
 
-/// Write an MSR; `None` where the processor raises #GP. `host`: by KVM_SET_MSRS, which may set more.
-pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
-    let canonical = is_canonical(value).then_some(());
+/// Write an MSR; an error where the processor raises #GP. `host`: by KVM_SET_MSRS, which may set more.
+pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Result<(), Refused> {
+    let valid = |ok: bool| if ok { Ok(()) } else { Err(Invalid) };
+    let canonical = valid(is_canonical(value));
     match index {
         0x10 => {
             let delta = value.wrapping_sub(sys::tsc(&v.cpu));
@@ -134,8 +146,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
             }
             v.lapic_tsc_changed();
         }
-        0x1b => return v.write_apic_base(value, host),
-        0x3a if host => {}
+        0x1b => return v.write_apic_base(value, host).ok_or(Invalid),
         0x3b => {
             let delta = value.wrapping_sub(v.cpu.msr.tsc_adjust);
             if !host {
@@ -145,13 +156,14 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
             v.lapic_tsc_changed();
         }
         0x48 => {
-            (value & !7 == 0).then_some(())?;
+            valid(value & !7 == 0)?;
             v.cpu.msr.spec_ctrl = value;
         }
-        0x49 => (value & !1 == 0).then_some(())?, // IA32_PRED_CMD
+        0x49 => valid(value & !1 == 0)?, // IA32_PRED_CMD
         0x8b | 0x79 => {}
-        0xda0 => (value == 0).then_some(())?,
-        0xfe | 0x10a | 0x179 if host => {}
+        0xda0 => valid(value == 0)?,
+        // Read-only; user space may give back what it read.
+        0x17 | 0x3a | 0xce | 0xfe | 0x10a | 0x179 => valid(host)?,
         0x174 => v.cpu.msr.sysenter_cs = value & 0xffff_ffff,
         0x175 => {
             canonical?;
@@ -166,12 +178,12 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
         0x200..=0x20f => v.cpu.msr.mtrr_var[(index - 0x200) as usize] = value,
         0x277 => {
             let ok = value.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7));
-            ok.then_some(())?;
+            valid(ok)?;
             v.cpu.msr.pat = value;
         }
         0x2ff => v.cpu.msr.mtrr_def_type = value,
-        0x6e0 | 0x800..=0x8ff => return v.lapic_msr_write(index, value),
-        0xc000_0080 => return write_efer(v, value, host),
+        0x6e0 | 0x800..=0x8ff => return v.lapic_msr_write(index, value).ok_or(Invalid),
+        0xc000_0080 => return write_efer(v, value, host).ok_or(Invalid),
         0xc000_0081 => v.cpu.msr.star = value,
         0xc000_0082 => {
             canonical?;
@@ -195,7 +207,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
             v.cpu.msr.kernel_gs_base = value;
         }
         0xc000_0103 => {
-            (value >> 32 == 0).then_some(())?;
+            valid(value >> 32 == 0)?;
             v.cpu.msr.tsc_aux = value;
         }
         0xc001_0000..=0xc001_0007 | 0xc001_0010 | 0xc001_0015 | 0xc001_1029 => {}
@@ -207,9 +219,9 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Option<()> {
             v.cpu.msr.kvm_system_time = value;
             pvclock::update(v);
         }
-        _ => v.cpu.msr.mtrr_fixed[fixed_mtrr(index)?] = value,
+        _ => v.cpu.msr.mtrr_fixed[fixed_mtrr(index).ok_or(Unknown)?] = value,
     }
-    Some(())
+    Ok(())
 }
 
 fn write_efer(v: &mut Vcpu, value: u64, host: bool) -> Option<()> {
@@ -226,6 +238,55 @@ fn write_efer(v: &mut Vcpu, value: u64, host: bool) -> Option<()> {
         mmu::flush_all(v);
     }
     Some(())
+}
+
+/// What KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR say of the guest's RDMSR and WRMSR.
+#[derive(Default)]
+pub struct Policy {
+    filter: RwLock<Filter>,
+    /// For which reasons (`Refused`) user space is asked instead of raising #GP.
+    pub exits: AtomicU32,
+}
+
+#[derive(Default)]
+pub struct Filter {
+    /// MSRs in no range are denied.
+    pub deny: bool,
+    /// The first that holds an MSR, and is for this kind of access, decides.
+    pub ranges: Vec<FilterRange>,
+}
+
+pub struct FilterRange {
+    /// KVM_MSR_FILTER_READ (1) and _WRITE (2).
+    pub kinds: u32,
+    pub base: u32,
+    pub count: u32,
+    /// A bit for each MSR: 1 allows.
+    pub bitmap: Vec<u8>,
+}
+
+impl Policy {
+    pub fn set_filter(&self, filter: Filter) {
+        *self.filter.write().unwrap() = filter;
+    }
+
+    pub fn allows(&self, index: u32, write: bool) -> bool {
+        // The x2APIC's are never filtered (api.rst, KVM_X86_SET_MSR_FILTER).
+        if (0x800..0x900).contains(&index) {
+            return true;
+        }
+        let filter = self.filter.read().unwrap();
+        let kind = if write { 2 } else { 1 };
+        for range in &filter.ranges {
+            if range.kinds & kind != 0
+                && let Some(n) = index.checked_sub(range.base)
+                && n < range.count
+            {
+                return range.bitmap[n as usize / 8] >> (n & 7) & 1 != 0;
+            }
+        }
+        !filter.deny
+    }
 }
 
 /// IA32_ARCH_CAPABILITIES: the weaknesses that the host's kernel says this processor does not have. Guest code

@@ -1,6 +1,6 @@
 //! The native module `kvmkit._engine`; `src/kvmkit/_engine.pyi` documents it.
 
-use crate::cpu::{CpuidEntry, Exit, Vcpu as CpuState, mp_state};
+use crate::cpu::{CpuidEntry, Exit, Source, Vcpu as CpuState, mp_state};
 use crate::eventfd::{EventFd, IoEvent};
 use crate::irq::Route;
 use crate::lapic::{self, Message};
@@ -57,6 +57,8 @@ mod reason {
     pub const INTR: u32 = 10;
     pub const INTERNAL_ERROR: u32 = 17;
     pub const IOAPIC_EOI: u32 = 26;
+    pub const RDMSR: u32 = 29;
+    pub const WRMSR: u32 = 30;
     /// Not the kernel's: the PIC must be asked for a vector.
     pub const EXTINT: u32 = 1 << 16;
 }
@@ -99,6 +101,8 @@ impl Drop for Vm {
 
 /// Destination, whether logical, delivery mode, vector, whether level-triggered.
 type PyMessage = (u32, bool, u8, u8, bool);
+/// KVM_MSR_FILTER_*, first MSR, their number, a bit for each.
+type PyFilterRange = (u32, u32, u32, Vec<u8>);
 /// GSI, messages, MSIs (address, data), whether Python must see it.
 type PyRoute = (u32, Vec<PyMessage>, Vec<(u64, u32)>, bool);
 
@@ -173,6 +177,23 @@ impl Vm {
     /// The vCPU that starts without INIT and SIPI.
     fn set_boot_cpu(&self, id: u32) -> PyResult<()> {
         self.machine()?.boot_cpu.store(id, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// KVM_X86_SET_MSR_FILTER.
+    fn set_msr_filter(&self, deny: bool, ranges: Vec<PyFilterRange>) -> PyResult<()> {
+        let range = |(kinds, base, count, bitmap): PyFilterRange| {
+            let enough = bitmap.len() * 8 >= count as usize;
+            enough.then_some(msr::FilterRange { kinds, base, count, bitmap }).ok_or_else(|| os_error(libc::EINVAL))
+        };
+        let ranges = ranges.into_iter().map(range).collect::<PyResult<_>>()?;
+        self.machine()?.msr_policy.set_filter(msr::Filter { deny, ranges });
+        Ok(())
+    }
+
+    /// KVM_CAP_X86_USER_SPACE_MSR.
+    fn set_msr_exits(&self, reasons: u32) -> PyResult<()> {
+        self.machine()?.msr_policy.exits.store(reasons, Ordering::SeqCst);
         Ok(())
     }
 
@@ -391,9 +412,14 @@ impl Vcpu {
 
     /// Take up what user space answered to the last exit.
     fn complete(&self, v: &mut CpuState) {
-        if let Some((address, len, port)) = v.io.waiting.take() {
+        if let Some((address, len, source)) = v.io.waiting.take() {
             let mut data = vec![0; len];
-            self.read(if port { kvm_run::DATA } else { kvm_run::UNION + 8 }, &mut data);
+            let place = match source {
+                Source::Port => kvm_run::DATA,
+                Source::Memory => kvm_run::UNION + 8,
+                Source::Msr => kvm_run::UNION,
+            };
+            self.read(place, &mut data);
             v.io.done.push((address, data));
         }
     }
@@ -425,6 +451,13 @@ impl Vcpu {
                 reason::IOAPIC_EOI
             }
             Exit::Extint => reason::EXTINT,
+            Exit::Msr { write, reason, index, data } => {
+                self.write(U, &[0; 8]); // error, padding
+                self.write(U + 8, &reason.to_le_bytes());
+                self.write(U + 12, &index.to_le_bytes());
+                self.write(U + 16, &data.to_le_bytes());
+                if *write { reason::WRMSR } else { reason::RDMSR }
+            }
             Exit::Debug { exception, pc, dr6, dr7 } => {
                 self.write(U, &exception.to_le_bytes());
                 for (n, x) in [pc, dr6, dr7].into_iter().enumerate() {
@@ -521,10 +554,10 @@ impl Vcpu {
         self.with(py, |v| v.cpu.xcr0 = value)
     }
     fn get_msr(&self, py: Python<'_>, index: u32) -> PyResult<Option<u64>> {
-        self.with(py, |v| msr::read(v, index))
+        self.with(py, |v| msr::read(v, index).ok())
     }
     fn set_msr(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<bool> {
-        self.with(py, |v| msr::write(v, index, value, true).is_some())
+        self.with(py, |v| msr::write(v, index, value, true).is_ok())
     }
     fn set_cpuid(&self, py: Python<'_>, entries: Vec<CpuidTuple>) -> PyResult<()> {
         let list = entries

@@ -62,6 +62,8 @@ fn count_exit(v: &Vcpu, exit: &Exit) {
         Exit::Debug { .. } => counter::DEBUG_EXITS,
         Exit::Shutdown => counter::SHUTDOWN_EXITS,
         Exit::InternalError(_) => counter::ERROR_EXITS,
+        // The kernel has no counter for them either.
+        Exit::Msr { .. } => return,
         Exit::Intr | Exit::Signals | Exit::Extint => counter::SIGNAL_EXITS,
     });
 }
@@ -229,19 +231,29 @@ pub fn complete(v: &mut Vcpu) {
     v.cpu.vcpu = v;
     v.vm.clone().start_running(&v.shared);
     v.refresh();
-    // Should it want another access, it starts again at the next KVM_RUN.
-    if let Err(Stop::Exit(_)) = interp::step(v) {
-        v.io.waiting = None;
+    match interp::step(v) {
+        // Should it want another access, it starts again at the next KVM_RUN.
+        Err(Stop::Exit(_)) => v.io.waiting = None,
+        Err(Stop::Exception(e)) => {
+            v.io.done.clear();
+            v.injected = Some(e);
+            v.cpu.poll[1] = 1;
+        }
+        Ok(()) | Err(Stop::NotInterpreted) => {}
     }
     v.vm.stop_running(&v.shared);
 }
 
 fn run_loop(v: &mut Vcpu) -> Exit {
+    // What user space has just answered is used before an interrupt can come between.
+    let mut answered = !v.io.done.is_empty();
     loop {
-        if let Some(exit) = attend(v) {
+        if !answered && let Some(exit) = attend(v) {
             return exit;
         }
-        let result = if translatable(v) && v.cpu.shadow == 0 {
+        let result = if std::mem::take(&mut answered) {
+            interp::step(v)
+        } else if translatable(v) && v.cpu.shadow == 0 {
             translated(v)
         } else if v.cpu.shadow != 0 || v.cpu.long64() {
             interp::step(v)

@@ -176,9 +176,11 @@ pub fn set_xsave(v: &mut Vcpu, b: &[u8; XSAVE_BYTES]) -> bool {
 pub fn get_events(v: &mut Vcpu) -> [u8; EVENTS_BYTES] {
     let mut b = [0; EVENTS_BYTES];
     if let Some(e) = &mut v.injected {
-        // Without KVM_CAP_EXCEPTION_PAYLOAD there is no place for the DR6 bits but DR6.
-        if e.vector == 1 {
-            debug::set_dr6(&mut v.cpu, std::mem::take(&mut e.payload));
+        // Without KVM_CAP_EXCEPTION_PAYLOAD there is no place for the DR6 bits but DR6, and for the address but CR2.
+        match e.vector {
+            1 => debug::set_dr6(&mut v.cpu, std::mem::take(&mut e.payload)),
+            14 => v.cpu.cr2 = e.payload,
+            _ => {}
         }
         (b[0], b[1], b[2]) = (1, e.vector, e.error.is_some() as u8);
         b[4..8].copy_from_slice(&e.error.unwrap_or(0).to_le_bytes());

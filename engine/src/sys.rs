@@ -2,11 +2,14 @@
 
 use crate::access;
 use crate::cpu::{
-    CS, Cpu, Exception, Exit, GS, RAX, RBX, RCX, RDX, Res, Vcpu, cr0, cr4, efer, mmu_mode, rflags, shadow,
+    CS, Cpu, Exception, Exit, GS, IoState, RAX, RBX, RCX, RDX, Res, Source, Vcpu, cr0, cr4, efer, mmu_mode, rflags,
+    shadow,
 };
 use crate::debug::{self, Kind};
 use crate::mmu::{self, PHYSICAL_BITS, is_canonical};
+use crate::msr::{self, Refused};
 use crate::xstate;
+use std::sync::atomic::Ordering;
 
 /// Features that the interpreter itself must know of, by CPUID leaf: (function, index, register, bit).
 const OSXSAVE_BIT: u32 = 1 << 27;
@@ -334,20 +337,41 @@ pub fn rdtsc(v: &mut Vcpu) -> Res<()> {
     Ok(())
 }
 
-/// RDMSR of the MSR in ECX.
-pub fn rdmsr(v: &mut Vcpu) -> Res<()> {
+/// RDMSR or WRMSR of the MSR in ECX: the value read. The exit asks user space, whose answer is found when the
+/// instruction runs again.
+fn access_msr(v: &mut Vcpu, write: Option<u64>) -> Res<u64> {
     privileged(v)?;
     let index = v.cpu.gpr[RCX] as u32;
-    let value = crate::msr::read(v, index).ok_or(Exception::gp(0))?;
+    if let Some((address, answer)) = v.io.done.first()
+        && *address == IoState::msr(index)
+    {
+        let (error, data) = (answer[0], u64::from_le_bytes(answer[16..24].try_into().unwrap()));
+        return if error == 0 { Ok(data) } else { Err(Exception::gp(0).into()) };
+    }
+    let result = match write {
+        _ if !v.vm.msr_policy.allows(index, write.is_some()) => Err(Refused::Filtered),
+        Some(value) => msr::write(v, index, value, false).map(|()| 0),
+        None => msr::read(v, index),
+    };
+    result.map_err(|why| {
+        let reason = why as u32;
+        if v.vm.msr_policy.exits.load(Ordering::Relaxed) & reason == 0 {
+            return Exception::gp(0).into();
+        }
+        v.io.waiting = Some((IoState::msr(index), 24, Source::Msr));
+        Exit::Msr { write: write.is_some(), reason, index, data: write.unwrap_or(0) }.into()
+    })
+}
+
+pub fn rdmsr(v: &mut Vcpu) -> Res<()> {
+    let value = access_msr(v, None)?;
     set_edx_eax(&mut v.cpu, value);
     Ok(())
 }
 
 pub fn wrmsr(v: &mut Vcpu) -> Res<()> {
-    privileged(v)?;
-    let (index, value) = (v.cpu.gpr[RCX] as u32, edx_eax(&v.cpu));
-    crate::msr::write(v, index, value, false).ok_or(Exception::gp(0))?;
-    Ok(())
+    let value = edx_eax(&v.cpu);
+    access_msr(v, Some(value)).map(|_| ())
 }
 
 pub fn swapgs(v: &mut Vcpu) -> Res<()> {
@@ -468,7 +492,7 @@ pub fn port_in(v: &mut Vcpu, port: u16, size: usize, count: u32) -> Res<Vec<u8>>
         io.used += 1;
         return Ok(data.clone());
     }
-    io.waiting = Some((port as u64, len, true));
+    io.waiting = Some((port as u64, len, Source::Port));
     io.used = 0;
     Err(Exit::Io { input: true, size: size as u8, port, count, data: Vec::new() }.into())
 }

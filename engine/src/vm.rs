@@ -117,6 +117,7 @@ pub struct Vm {
     pub clock_offset_ns: AtomicI64,
     /// vCPUs created from now on have local APICs.
     pub has_lapics: AtomicBool,
+    pub msr_policy: crate::msr::Policy,
     /// Id of the vCPU that starts without INIT and SIPI.
     pub boot_cpu: AtomicU32,
     pub timers: Timers,
@@ -147,6 +148,7 @@ impl Vm {
             tsc_khz,
             clock_offset_ns: AtomicI64::new(-(crate::pvclock::monotonic_ns() as i64)),
             has_lapics: AtomicBool::new(false),
+            msr_policy: Default::default(),
             boot_cpu: AtomicU32::new(0),
             timers: Timers::default(),
             irq: Irq::default(),

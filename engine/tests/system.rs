@@ -666,7 +666,7 @@ fn control_registers() {
     sys::write_cr(&mut m.v, 4, cr4::PAE).unwrap();
     sys::write_cr(&mut m.v, 0, on).unwrap();
     assert_eq!(m.v.cpu.efer, efer::LME | efer::LMA);
-    assert_eq!(msr::write(&mut m.v, 0xc000_0080, 0, false), None, "LME under paging");
+    assert_eq!(msr::write(&mut m.v, 0xc000_0080, 0, false), Err(msr::Refused::Invalid), "LME under paging");
     sys::write_cr(&mut m.v, 0, on & !cr0::PG).unwrap();
     assert_eq!(m.v.cpu.efer, efer::LME);
     // PAE paging loads the directory pointers.
@@ -993,7 +993,7 @@ fn msrs() {
         let expected = if allowed { Ok(()) } else { raised(13, 0) };
         assert_eq!(step(&mut m, &[0x0f, 0x30]), expected, "WRMSR {index:#x} {value:#x}");
         if allowed {
-            assert_eq!(msr::read(&mut m.v, index), Some(value));
+            assert_eq!(msr::read(&mut m.v, index), Ok(value));
         }
         m.user();
         assert_eq!(step(&mut m, &[0x0f, 0x30]), raised(13, 0), "user mode");

@@ -34,6 +34,12 @@ class Vm:
     def set_boot_cpu(self, id: int) -> None:
         """The vCPU that starts without INIT and SIPI."""
 
+    def set_msr_filter(self, deny: bool, ranges: list[tuple[int, int, int, bytes]]) -> None:
+        """Which MSRs guests reach: KVM_MSR_FILTER_*, first, number and bits (1 allows) of each range; `deny`: no others."""
+
+    def set_msr_exits(self, reasons: int) -> None:
+        """For which KVM_MSR_EXIT_REASON_* a refused RDMSR or WRMSR exits."""
+
     def signal_msi(self, address: int, data: int) -> int:
         """Deliver a message; the number of local APICs that took it."""
 

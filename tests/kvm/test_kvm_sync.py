@@ -1,6 +1,7 @@
 """The rest of kvm_run: sync regs, the signal mask, and MSR exits."""
 
 import ctypes
+import errno
 import signal
 import threading
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from kvmkit.kvm import Kvm
-from kvmkit.kvm.exits import Hlt, Intr, Io, Rdmsr, Shutdown, Wrmsr
+from kvmkit.kvm.exits import Exit, Hlt, Intr, Io, Rdmsr, Shutdown, Wrmsr
 from kvmkit.testing import CODE, Guest
 from kvmkit.uapi import x86
 from kvmkit.uapi.capabilities import KVM_CAP_X86_USER_SPACE_MSR
@@ -161,3 +162,140 @@ def test_unknown_and_invalid_msr_exits(kvm: Kvm, needs: Callable[[str], int]) ->
         x86_run(guest).exit.msr.error = 0
         assert guest.run() == Hlt()
         assert guest.vcpu.get_regs().rip > CODE
+
+
+def msr_filter(flags: int = 0, *ranges: tuple[int, int, int, int]) -> x86.kvm_msr_filter:
+    """Ranges are access flags, number and first of the MSRs, address of the bitmap."""
+    filter_ = x86.kvm_msr_filter(flags=flags)
+    for n, range_ in enumerate(ranges):
+        filter_.ranges[n] = x86.kvm_msr_filter_range(*range_)
+    return filter_
+
+
+ALL = ctypes.create_string_buffer(b"\xff" * x86.KVM_MSR_FILTER_MAX_BITMAP_SIZE)
+NONE = ctypes.create_string_buffer(8)
+DENY = x86.KVM_MSR_FILTER_DEFAULT_DENY
+
+
+@pytest.mark.parametrize(
+    ("filter_", "number"),
+    [
+        (msr_filter(2), errno.EINVAL),  # an unknown flag
+        (msr_filter(DENY), errno.EINVAL),  # denies all
+        (msr_filter(DENY, (READ_WRITE, 0, LSTAR, ctypes.addressof(ALL))), errno.EINVAL),  # that, too
+        (msr_filter(0, (0, 1, LSTAR, ctypes.addressof(ALL))), errno.EINVAL),  # for no kind of access
+        (msr_filter(0, (4, 1, LSTAR, ctypes.addressof(ALL))), errno.EINVAL),
+        (msr_filter(0, (1, 0x600 * 8 + 1, LSTAR, ctypes.addressof(ALL))), errno.EINVAL),  # too many MSRs
+        (msr_filter(0, (1, 1, LSTAR, 8)), errno.EFAULT),
+        (msr_filter(0, (1, 0x600 * 8, LSTAR, ctypes.addressof(ALL))), 0),
+        (msr_filter(DENY, (2, 1, LSTAR, ctypes.addressof(ALL))), 0),
+        (msr_filter(), 0),
+    ],
+)
+def test_msr_filters_that_are_refused(
+    kvm: Kvm, needs: Callable[[str], int], filter_: x86.kvm_msr_filter, number: int
+) -> None:
+    needs("KVM_CAP_X86_MSR_FILTER")
+    with kvm.create_vm() as vm:
+        if not number:
+            vm.x86_set_msr_filter(filter_)
+            return
+        with pytest.raises(OSError, match="KVM_X86_SET_MSR_FILTER") as error:
+            vm.x86_set_msr_filter(filter_)
+        assert error.value.errno == number
+
+
+@pytest.mark.parametrize("reasons", [8, 1 << 63])
+def test_unknown_reasons_for_msr_exits(kvm: Kvm, needs: Callable[[str], int], reasons: int) -> None:
+    needs("KVM_CAP_X86_USER_SPACE_MSR")
+    with kvm.create_vm() as vm, pytest.raises(OSError, match="KVM_ENABLE_CAP: Invalid argument"):
+        vm.enable_cap(KVM_CAP_X86_USER_SPACE_MSR, reasons)
+
+
+FS_BASE, GS_BASE, X2APIC_VERSION = 0xC0000100, 0xC0000101, 0x803
+
+
+@pytest.mark.parametrize(
+    ("filter_", "index", "read", "write"),
+    [
+        (msr_filter(DENY, (READ_WRITE, 2, FS_BASE, ctypes.addressof(ALL))), FS_BASE, True, True),
+        (msr_filter(DENY, (READ_WRITE, 2, FS_BASE, ctypes.addressof(ALL))), GS_BASE, True, True),
+        (msr_filter(DENY, (READ_WRITE, 2, FS_BASE, ctypes.addressof(ALL))), GS_BASE + 1, False, False),
+        (msr_filter(DENY, (1, 2, FS_BASE, ctypes.addressof(ALL))), FS_BASE, True, False),
+        (msr_filter(DENY, (2, 2, FS_BASE, ctypes.addressof(ALL))), FS_BASE, False, True),
+        (
+            msr_filter(0, (1, 1, FS_BASE, ctypes.addressof(ALL)), (READ_WRITE, 8, FS_BASE, ctypes.addressof(NONE))),
+            FS_BASE,
+            True,
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_which_range_of_a_filter_decides(
+    kvm: Kvm,
+    needs: Callable[[str], int],
+    filter_: x86.kvm_msr_filter,
+    index: int,
+    read: bool,
+    write: bool,
+) -> None:
+    """The first range that holds the MSR and is for the kind of access; else the default."""
+    needs("KVM_CAP_X86_MSR_FILTER")
+    code = f"mov ecx, {index}\nrdmsr\nmov ecx, {index}\nwrmsr\nhlt"
+    with Guest(kvm, code, capabilities=[(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)]) as guest:
+        guest.vm.x86_set_msr_filter(filter_)
+        exits: list[Exit] = [] if read else [Rdmsr(index, KVM_MSR_EXIT_REASON_FILTER)]
+        exits += [] if write else [Wrmsr(index, KVM_MSR_EXIT_REASON_FILTER, 0)]
+        for expected in [*exits, Hlt()]:
+            assert guest.run() == expected
+
+
+def test_an_answer_is_used_before_an_interrupt_comes_between(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """An instruction that user space answered has happened: it isn't asked for again after the handler."""
+    needs("KVM_CAP_X86_USER_SPACE_MSR")
+    code = """
+        set_gate 0x40, handler
+        load_idt
+        sti
+        in al, 0x20
+        out 0x21, al
+        mov ecx, 0x12345678
+        rdmsr
+        out 0x22, al
+        hlt
+    handler:
+        iretq
+    """
+    with Guest(kvm, code, capabilities=[(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN)]) as guest:
+        exit_ = guest.run()
+        assert isinstance(exit_, Io) and not exit_.is_out
+        exit_.data[0] = 0x5A
+        guest.vcpu.interrupt(0x40)
+        exit_ = guest.run()
+        assert isinstance(exit_, Io) and (exit_.port, bytes(exit_.data)) == (0x21, b"\x5a")
+        assert isinstance(guest.run(), Rdmsr)
+        x86_run(guest).exit.msr.data = 0x66
+        guest.vcpu.interrupt(0x40)
+        exit_ = guest.run()
+        assert isinstance(exit_, Io) and (exit_.port, bytes(exit_.data)) == (0x22, b"\x66")
+        assert guest.run() == Hlt()
+
+
+def test_a_refusal_survives_immediate_exit(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """`immediate_exit` completes the instruction, and its #GP is part of the state."""
+    needs("KVM_CAP_X86_USER_SPACE_MSR")
+    code = "set_gate 13, handler\nload_idt\nmov ecx, 0x12345678\nrdmsr\nhlt\nhandler: out 0x13, al\nhlt"
+    with Guest(kvm, code, capabilities=[(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN)]) as guest:
+        assert isinstance(guest.run(), Rdmsr)
+        x86_run(guest).exit.msr.error = 1
+        guest.vcpu.immediate_exit = True
+        assert guest.vcpu.run() == Intr()
+        guest.vcpu.immediate_exit = False
+        events = guest.vcpu.get_vcpu_events()
+        assert (events.exception.nr, events.exception.has_error_code, events.exception.error_code) == (
+            13,
+            1,
+            0,
+        )
+        exit_ = guest.run()
+        assert isinstance(exit_, Io) and exit_.port == 0x13

@@ -55,6 +55,9 @@ _EVENT_FLAGS = (
 
 _CLOCK_FLAGS = c.KVM_CLOCK_TSC_STABLE | c.KVM_CLOCK_REALTIME | c.KVM_CLOCK_HOST_TSC
 
+_MSR_ACCESS = x.KVM_MSR_FILTER_READ | x.KVM_MSR_FILTER_WRITE
+_MSR_EXIT_REASONS = c.KVM_MSR_EXIT_REASON_INVAL | c.KVM_MSR_EXIT_REASON_UNKNOWN | c.KVM_MSR_EXIT_REASON_FILTER
+
 _GUEST_DEBUG = (
     c.KVM_GUESTDBG_ENABLE
     | c.KVM_GUESTDBG_SINGLESTEP
@@ -122,6 +125,8 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_ENABLE_CAP: 1,
     capabilities.KVM_CAP_ENABLE_CAP_VM: 1,
     capabilities.KVM_CAP_SYS_ATTRIBUTES: 1,
+    capabilities.KVM_CAP_X86_MSR_FILTER: 1,
+    capabilities.KVM_CAP_X86_USER_SPACE_MSR: 1,
 }
 
 
@@ -316,6 +321,10 @@ class Vm(_Descriptor, contract.Vm):
                     raise ioctl_error(name, errno.EEXIST, "there are interrupt chips or vCPUs")
                 self._vm.create_lapics()
                 self.irqchip = SplitIrqChip(self._vm, argument)
+            case capabilities.KVM_CAP_X86_USER_SPACE_MSR:
+                if argument & ~_MSR_EXIT_REASONS:
+                    raise ioctl_error(name, errno.EINVAL, f"exit reasons {argument:#x}")
+                self._vm.set_msr_exits(argument)
             case _:
                 raise ioctl_error(name, errno.EINVAL, f"capability {cap} can't be enabled")
         return 0
@@ -478,6 +487,22 @@ class Vm(_Descriptor, contract.Vm):
         """KVM_GET_TSC_KHZ."""
         self._check("KVM_GET_TSC_KHZ")
         return _engine.host_tsc_khz()
+
+    def x86_set_msr_filter(self, filter: x.kvm_msr_filter) -> None:
+        """KVM_X86_SET_MSR_FILTER."""
+        name = "KVM_X86_SET_MSR_FILTER"
+        self._check(name)
+        deny = bool(filter.flags & x.KVM_MSR_FILTER_DEFAULT_DENY)
+        used = [r for r in filter.ranges if r.nmsrs]
+        if filter.flags & ~x.KVM_MSR_FILTER_DEFAULT_DENY or (deny and not used):
+            raise ioctl_error(name, errno.EINVAL, f"flags {filter.flags:#x} and {len(used)} ranges")
+        ranges = []
+        for r in used:
+            size_bytes = (r.nmsrs + 63) // 64 * 8
+            if not r.flags or r.flags & ~_MSR_ACCESS or size_bytes > x.KVM_MSR_FILTER_MAX_BITMAP_SIZE:
+                raise ioctl_error(name, errno.EINVAL, f"flags {r.flags:#x}, {r.nmsrs} MSRs from {r.base:#x}")
+            ranges.append((r.flags, r.base, r.nmsrs, _named(name, _load, r.bitmap, size_bytes)))
+        self._vm.set_msr_filter(deny, ranges)
 
     def get_stats_fd(self) -> int:
         """KVM_GET_STATS_FD."""
@@ -899,12 +924,21 @@ def _has_pdptrs(sregs: x.kvm_sregs2) -> bool:
     return bool(sregs.cr0 & 1 << 31 and sregs.cr4 & 1 << 5 and not sregs.efer & 1 << 10)
 
 
-def _store_u64(addr: int, value: int) -> None:
-    """Store where user space says, as the kernel does: EFAULT where nothing is mapped."""
-    data = ctypes.create_string_buffer(value.to_bytes(8, "little"), 8)
-    here, there = _iovec(ctypes.addressof(data), 8), _iovec(addr, 8)
-    if _libc.process_vm_writev(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != 8:
+def _copy(call: Callable[..., int], data: ctypes.Array[ctypes.c_char], addr: int) -> None:
+    """Copy between `data` and where user space says, as the kernel does: EFAULT where nothing is mapped."""
+    here, there = _iovec(ctypes.addressof(data), len(data)), _iovec(addr, len(data))
+    if call(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != len(data):
         raise OSError(errno.EFAULT, f"nothing is mapped at {addr:#x}")
+
+
+def _store_u64(addr: int, value: int) -> None:
+    _copy(_libc.process_vm_writev, ctypes.create_string_buffer(value.to_bytes(8, "little"), 8), addr)
+
+
+def _load(addr: int, size_bytes: int) -> bytes:
+    data = ctypes.create_string_buffer(size_bytes)
+    _copy(_libc.process_vm_readv, data, addr)
+    return data.raw
 
 
 def _named(name: str, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
