@@ -5,6 +5,7 @@
 
 use crate::cpu::{Cpu, Exception, Exit, Res, Source, TlbEntry, Vcpu, cr0, mmu_mode, rflags};
 use crate::debug::{self, Kind};
+use crate::dirty;
 use crate::mem::{LOG_DIRTY, READONLY, Slot};
 use crate::mmu::{self, Intent};
 
@@ -184,7 +185,7 @@ pub fn write_physical(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<()> {
 /// What follows a write of `len` bytes to RAM at `gpa`, within one page.
 pub fn written(vcpu: &mut Vcpu, slot: &Slot, gpa: u64, len: u64) {
     if slot.flags & LOG_DIRTY != 0 {
-        vcpu.vm.mark_dirty(slot, gpa);
+        dirty::mark(vcpu, slot, gpa);
     }
     if vcpu.vm.code.has(gpa) {
         let vm = vcpu.vm.clone();

@@ -381,6 +381,8 @@ pub enum Exit {
     Intr,
     /// Not for user space: Python must look for signals (`request::SIGNALS`).
     Signals,
+    /// Nothing runs before entries of the dirty ring are handed back.
+    DirtyRingFull,
     /// A level-triggered vector ended; the IOAPIC is told.
     IoapicEoi(u8),
     /// The PIC's INTR line is up and the vCPU accepts: the vector comes back by KVM_INTERRUPT.
@@ -595,7 +597,11 @@ impl Vcpu {
         let boot = vm.boot_cpu.load(std::sync::atomic::Ordering::Relaxed);
         let lapic =
             vm.has_lapics.load(std::sync::atomic::Ordering::Relaxed).then(|| crate::lapic::Lapic::new(id, id == boot));
-        let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic)?);
+        let ring = match vm.dirty_ring_bytes.load(std::sync::atomic::Ordering::Relaxed) {
+            0 => None,
+            size_bytes => Some(crate::dirty::Ring::new(size_bytes)?),
+        };
+        let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic, ring)?);
         vm.vcpus.write().unwrap().push(shared.clone());
         let slots = vm.slots.read().unwrap().clone();
         let mut this = Self {

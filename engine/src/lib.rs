@@ -20,6 +20,7 @@ mod x86 {
     pub mod classify;
     pub mod cpu;
     pub mod debug;
+    pub mod dirty;
     pub mod emit;
     pub mod eventfd;
     pub mod exception;

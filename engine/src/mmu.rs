@@ -4,12 +4,13 @@
 //! Page tables are walked as the processor walks them (Intel SDM volume 3, chapter 4; AMD APM volume 2,
 //! chapter 5): accessed and dirty bits are set by compare-and-swap in guest memory, faults carry exact error
 //! codes. A data TLB entry holds a 4 KiB page of RAM only; whatever else is at an address (nothing, a device,
-//! a read-only slot, a page with translated code, a page whose writes are logged) is never in it for the
+//! a read-only slot, a page with translated code, a page whose next write is to be logged) is never in it for the
 //! access in question, so translated code always comes here for those.
 
 use crate::cpu::{
     Cpu, Exception, Res, Stop, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, Vcpu, cr0, cr4, efer, mmu_mode, tlb_invalid,
 };
+use crate::dirty;
 use crate::mem::{LOG_DIRTY, READONLY, Slots};
 use crate::stats::vcpu as counter;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -105,7 +106,10 @@ fn set_bits(vcpu: &Vcpu, gpa: u64, old: u64, bits: u64, wide: bool) -> bool {
         }
     };
     if done {
-        vcpu.vm.note_table_write(slot, gpa);
+        // A page table that is also code: its blocks do not depend on accessed and dirty bits.
+        if slot.flags & LOG_DIRTY != 0 {
+            dirty::mark(vcpu, slot, gpa);
+        }
     }
     done
 }
@@ -310,7 +314,8 @@ pub fn fill(vcpu: &mut Vcpu, la: u64, write: bool, mode: usize) -> Res<Option<Tl
     if vcpu.is_lapic(page.gpa) {
         return Ok(None);
     }
-    let direct = slot.flags & (READONLY | LOG_DIRTY) == 0 && !vcpu.vm.code.has(page.gpa);
+    let unlogged = slot.flags & LOG_DIRTY == 0 || vcpu.vm.dirty.has(slot, page.gpa);
+    let direct = slot.flags & READONLY == 0 && unlogged && !vcpu.vm.code.has(page.gpa);
     if write && !direct {
         return Ok(None);
     }

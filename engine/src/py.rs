@@ -7,7 +7,7 @@ use crate::lapic::{self, Message};
 use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{debug, msr, run, state, stats, timer, xstate};
+use crate::{debug, dirty, msr, run, state, stats, timer, xstate};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -59,6 +59,7 @@ mod reason {
     pub const IOAPIC_EOI: u32 = 26;
     pub const RDMSR: u32 = 29;
     pub const WRMSR: u32 = 30;
+    pub const DIRTY_RING_FULL: u32 = 31;
     /// Not the kernel's: the PIC must be asked for a vector.
     pub const EXTINT: u32 = 1 << 16;
 }
@@ -123,13 +124,9 @@ impl Vm {
         py.detach(|| {
             let mut slots: Vec<Slot> = vm.slots.read().unwrap().as_slice().to_vec();
             slots.retain(|s| s.id != id);
-            let mut dirty = vm.dirty.write().unwrap();
-            if size == 0 || flags & LOG_DIRTY == 0 {
-                dirty.remove(&id);
-            } else {
-                dirty.entry(id).or_insert_with(|| (0..(size >> 12).div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
-            }
-            drop(dirty);
+            // A move takes the TLBs along, after which every write is the first again; rings are told of it as such.
+            let anew = vm.dirty_ring_bytes.load(Ordering::Relaxed) != 0;
+            vm.dirty.set_slot(id, size != 0 && flags & LOG_DIRTY != 0, size, anew);
             if size != 0 {
                 slots.push(Slot { id, flags, gpa, size, hva });
             }
@@ -139,13 +136,24 @@ impl Vm {
     }
 
     fn get_dirty_log<'py>(&self, py: Python<'py>, id: u32) -> PyResult<Bound<'py, PyBytes>> {
-        let dirty = self.machine()?.dirty.read().unwrap();
-        let bits = dirty.get(&id).ok_or_else(|| os_error(libc::ENOENT))?;
-        let mut b = Vec::with_capacity(bits.len() * 8);
-        for word in bits.iter() {
-            b.extend(word.swap(0, Ordering::SeqCst).to_le_bytes());
+        let vm = self.machine()?;
+        let words = py.detach(|| dirty::take(vm, id)).ok_or_else(|| os_error(libc::ENOENT))?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// vCPUs created from now on have dirty rings.
+    fn set_dirty_ring(&self, size_bytes: u32) -> PyResult<()> {
+        if !dirty::is_ring_size(size_bytes) {
+            return Err(os_error(libc::EINVAL));
         }
-        Ok(PyBytes::new(py, &b))
+        self.machine()?.dirty_ring_bytes.store(size_bytes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn reset_dirty_rings(&self, py: Python<'_>) -> PyResult<u32> {
+        let vm = self.machine()?;
+        Ok(py.detach(|| dirty::reset_rings(vm)))
     }
 
     fn notify_write(&self, py: Python<'_>, gpa: u64, len: u64) -> PyResult<()> {
@@ -450,6 +458,7 @@ impl Vcpu {
                 self.write(U, &[*vector]);
                 reason::IOAPIC_EOI
             }
+            Exit::DirtyRingFull => reason::DIRTY_RING_FULL,
             Exit::Extint => reason::EXTINT,
             Exit::Msr { write, reason, index, data } => {
                 self.write(U, &[0; 8]); // error, padding
@@ -653,6 +662,11 @@ impl Vcpu {
             let mode = crate::cpu::mmu_mode::KERNEL_AC;
             mmu::walk(v, address, Intent::Read, mode).ok().map(|p| p.gpa | address & 0xfff)
         })
+    }
+    /// Address and size in bytes of the dirty ring's entries.
+    fn dirty_ring(&self) -> PyResult<Option<(u64, u32)>> {
+        check_pid(self.pid)?;
+        Ok(self.shared.ring.as_ref().map(|ring| ring.lock().unwrap().area()))
     }
     fn stats_fd(&self) -> PyResult<i32> {
         check_pid(self.pid)?;

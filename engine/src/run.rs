@@ -64,6 +64,7 @@ fn count_exit(v: &Vcpu, exit: &Exit) {
         Exit::InternalError(_) => counter::ERROR_EXITS,
         // The kernel has no counter for them either.
         Exit::Msr { .. } => return,
+        Exit::DirtyRingFull => counter::RING_FULL_EXITS,
         Exit::Intr | Exit::Signals | Exit::Extint => counter::SIGNAL_EXITS,
     });
 }
@@ -125,6 +126,11 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
         v.shared.requests.fetch_or(requests & !(request::SIGNALS | request::SAFEPOINT), Ordering::SeqCst);
         poll_word(&v.cpu).store(1, Ordering::SeqCst);
         return Some(Exit::Signals);
+    }
+    if requests & request::RING_FULL != 0 && v.shared.ring.as_ref().is_some_and(|r| r.lock().unwrap().is_soft_full()) {
+        v.shared.requests.fetch_or(requests & !request::SAFEPOINT, Ordering::SeqCst);
+        poll_word(&v.cpu).store(1, Ordering::SeqCst);
+        return Some(Exit::DirtyRingFull);
     }
     if requests & request::CLOCK != 0 {
         pvclock::update(v);

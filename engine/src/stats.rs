@@ -75,6 +75,7 @@ pub mod vcpu {
         SIGNAL_EXITS = "signal_exits", COUNT;
         DEBUG_EXITS = "debug_exits", COUNT;
         EOI_EXITS = "eoi_exits", COUNT;
+        RING_FULL_EXITS = "dirty_ring_full_exits", COUNT;
         SHUTDOWN_EXITS = "shutdown_exits", COUNT;
         ERROR_EXITS = "internal_error_exits", COUNT;
         IRQ_INJECTIONS = "irq_injections", COUNT;

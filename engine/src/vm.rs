@@ -8,13 +8,14 @@
 
 use crate::cache::CodeCache;
 use crate::cpu::Cpu;
+use crate::dirty::{Bitmaps, Ring};
 use crate::irq::Irq;
 use crate::lapic::Lapic;
-use crate::mem::{CodePages, LOG_DIRTY, Slot, Slots};
+use crate::mem::{CodePages, Slots};
 use crate::stats;
 use crate::timer::{self, Timers};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 
 /// What threads other than the vCPU's own may touch.
@@ -30,6 +31,8 @@ pub struct VcpuShared {
     pub on_main_thread: AtomicBool,
     /// Local APIC, if the VM has an in-kernel irqchip.
     pub lapic: Option<Lapic>,
+    /// If the VM logs by dirty rings.
+    pub ring: Option<Mutex<Ring>>,
     pub stats: stats::Set,
     /// A halted vCPU sleeps here.
     sleep: Mutex<bool>,
@@ -52,10 +55,12 @@ pub mod request {
     pub const CLOCK: u32 = 64;
     /// Let Python look for signals: its handlers run on the main thread alone, and only while it holds the GIL.
     pub const SIGNALS: u32 = 128;
+    /// Leave KVM_RUN while the dirty ring has too little room.
+    pub const RING_FULL: u32 = 256;
 }
 
 impl VcpuShared {
-    pub fn new(id: u32, cpu: *mut Cpu, lapic: Option<Lapic>) -> std::io::Result<Self> {
+    pub fn new(id: u32, cpu: *mut Cpu, lapic: Option<Lapic>, ring: Option<Ring>) -> std::io::Result<Self> {
         let stats = stats::Set::new(stats::vcpu::ALL, &format!("kvm-{}/vcpu-{id}", std::process::id()))?;
         Ok(Self {
             id,
@@ -64,6 +69,7 @@ impl VcpuShared {
             running: AtomicBool::new(false),
             on_main_thread: AtomicBool::new(false),
             lapic,
+            ring: ring.map(Mutex::new),
             stats,
             sleep: Mutex::new(false),
             wake: Condvar::new(),
@@ -124,8 +130,9 @@ pub struct Vm {
     pub irq: Irq,
     /// Edges for the PIT's GSI come from here while it counts.
     pub pit_gsi: AtomicU32,
-    /// Dirty bitmaps of slots with `LOG_DIRTY`, by slot id: one bit per page.
-    pub dirty: RwLock<HashMap<u32, Box<[AtomicU64]>>>,
+    pub dirty: Bitmaps,
+    /// Size in bytes of the dirty rings of vCPUs created from now on; 0: none.
+    pub dirty_ring_bytes: AtomicU32,
     /// Guest pages that hold translated code.
     pub code: CodePages,
     pub cache: Mutex<CodeCache>,
@@ -153,7 +160,8 @@ impl Vm {
             timers: Timers::default(),
             irq: Irq::default(),
             pit_gsi: AtomicU32::new(0),
-            dirty: RwLock::default(),
+            dirty: Bitmaps::default(),
+            dirty_ring_bytes: AtomicU32::new(0),
             code: CodePages::new()?,
             cache: Mutex::new(CodeCache::new(stats.clone())?),
             stats,
@@ -260,21 +268,6 @@ impl Vm {
             let mut cache = self.cache.lock().unwrap();
             cache.invalidate(gpa, last, &self.code, |f| self.each_cpu(f));
         });
-    }
-
-    /// The MMU set accessed or dirty bits in guest memory at `gpa`.
-    pub fn note_table_write(&self, slot: &Slot, gpa: u64) {
-        if slot.flags & LOG_DIRTY != 0 {
-            self.mark_dirty(slot, gpa);
-        }
-        // A page table that is also code: its blocks do not depend on accessed and dirty bits.
-    }
-
-    pub fn mark_dirty(&self, slot: &Slot, gpa: u64) {
-        if let Some(bits) = self.dirty.read().unwrap().get(&slot.id) {
-            let page = (gpa - slot.gpa) >> 12;
-            bits[(page >> 6) as usize].fetch_or(1 << (page & 63), Ordering::Relaxed);
-        }
     }
 
     pub fn ioeventfd_mmio(&self, gpa: u64, data: &[u8]) -> bool {

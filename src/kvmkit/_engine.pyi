@@ -20,7 +20,13 @@ class Vm:
         """Create, replace or (size 0) delete slot `id`. The caller has validated it. Waits for all vCPUs to stop briefly."""
 
     def get_dirty_log(self, id: int) -> bytes:
-        """Take the dirty bitmap of a logged slot: 64-bit words, little-endian. ENOENT without one."""
+        """Take the dirty bitmap of a logged slot: 64-bit words, little-endian. ENOENT without one. May stop all vCPUs briefly."""
+
+    def set_dirty_ring(self, size_bytes: int) -> None:
+        """VCPUs created from now on have dirty rings of this size. EINVAL: no power of two from 4096 to 1 MiB."""
+
+    def reset_dirty_rings(self) -> int:
+        """Take back the entries that are handed back, and have the next write to their pages noticed; how many."""
 
     def notify_write(self, gpa: int, len: int) -> None:
         """Host code wrote guest memory: drop what was translated from it."""
@@ -112,6 +118,9 @@ class Vcpu:
 
     def kick(self) -> None:
         """Make `run`, now or next, return KVM_EXIT_INTR. Any thread."""
+
+    def dirty_ring(self) -> tuple[int, int] | None:
+        """Address and size in bytes of the dirty ring, mapped while the vCPU lives; None without one."""
 
     def close(self) -> None:
         """`kick`, and let go of the counters' descriptor."""

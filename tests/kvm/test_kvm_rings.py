@@ -1,19 +1,30 @@
 """What KVM tells user space without an exit: coalesced writes, the dirty log in its variants, the dirty ring."""
 
+import errno
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from kvmkit.kvm import Kvm
 from kvmkit.kvm.exits import DirtyRingFull, Hlt, Io, Mmio
+from kvmkit.kvm.modes import set_long_mode
 from kvmkit.kvm.rings import COALESCED_ENTRIES, PAGE_SIZE, CoalescedRing
-from kvmkit.testing import DATA, Guest
-from kvmkit.uapi.capabilities import KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+from kvmkit.testing import CODE, DATA, TABLES, Guest
+from kvmkit.uapi.capabilities import (
+    KVM_CAP_DIRTY_LOG_RING,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+    KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+)
 from kvmkit.uapi.common import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES,
 )
+
+from .evidence import module_of_kvm
 
 MMIO = 0xD0000000
 PAGES = 256
@@ -200,3 +211,143 @@ def test_no_dirty_ring_without_asking(kvm: Kvm, needs: Callable[[str], int]) -> 
         for call in (guest.vm.reset_dirty_rings, guest.vcpu.take_dirty_gfns):
             with pytest.raises(OSError, match="Invalid argument"):
                 call()
+
+
+@pytest.mark.refuses("KVM_ENABLE_CAP")
+@pytest.mark.parametrize("capability", [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL])
+def test_dirty_ring_sizes(kvm: Kvm, capability: int) -> None:
+    """A power of two in bytes, a page at least and what the capability's value says at most; once, and before vCPUs."""
+    most = kvm.check_extension(capability)
+    if not most:
+        pytest.skip(f"{kvm.engine}: no dirty ring")
+    with kvm.create_vm() as vm:
+        wrong = [(0, errno.EINVAL), (3 << 13, errno.EINVAL), (2048, errno.EINVAL), (most * 2, errno.E2BIG)]
+        for size_bytes, number in wrong:
+            with pytest.raises(OSError) as caught:
+                vm.enable_cap(capability, size_bytes)
+            assert caught.value.errno == number, size_bytes
+        vm.enable_cap(capability, most)
+        with pytest.raises(OSError, match="Invalid argument"):
+            vm.enable_cap(capability, most)
+        vm.create_vcpu(0).close()
+    with kvm.create_vm() as vm:
+        vm.create_vcpu(0).close()
+        with pytest.raises(OSError, match="Invalid argument"):
+            vm.enable_cap(capability, most)
+
+
+@pytest.mark.refuses("KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG", "KVM_ENABLE_CAP")
+def test_no_bitmap_beside_dirty_rings(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    needs("KVM_CAP_DIRTY_LOG_RING_ACQ_REL")
+    assert kvm.check_extension(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == 0  # x86 has no writes without a vCPU
+    with ring_guest(kvm, "hlt", 4096) as guest:
+        log(guest)
+        for call in (lambda: guest.vm.get_dirty_log(0), lambda: guest.vm.clear_dirty_log(0, 0, 64, bytes(8))):
+            with pytest.raises(OSError) as caught:
+                call()
+            assert caught.value.errno == errno.ENXIO
+        with pytest.raises(OSError, match="Invalid argument"):
+            guest.vm.enable_cap(KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)
+
+
+def test_a_page_stays_out_of_the_ring_until_it_is_reset(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """Taking an entry is not enough: KVM reports the page's next write once KVM_RESET_DIRTY_RINGS has seen the entry."""
+    needs("KVM_CAP_DIRTY_LOG_RING_ACQ_REL")
+    write = f"mov byte ptr [{0x80 << 12}], 1"
+    with ring_guest(kvm, f"{write}\nout 0x10, al\n{write}\nout 0x10, al\n{write}\nhlt", 4096) as guest:
+        log(guest)
+        assert isinstance(guest.run(), Io)
+        assert (0, 0x80) in guest.vcpu.take_dirty_gfns()
+        assert isinstance(guest.run(), Io)
+        if (0, 0x80) in guest.vcpu.take_dirty_gfns():
+            assert kvm.engine == "linux"  # one that emulates the write has nothing protected
+            pytest.skip("linux: this KVM emulates the guest's writes (kvm_pvm)")
+        assert guest.vm.reset_dirty_rings() >= 1
+        assert guest.run() == Hlt()
+        assert (0, 0x80) in guest.vcpu.take_dirty_gfns()
+
+
+RANDOM_WRITES = f"""
+        mov rsi, 6364136223846793005
+        mov rbp, 1442695040888963407
+    again:
+        imul rdi, rsi
+        add rdi, rbp
+        mov rbx, rdi
+        shr rbx, 44
+        or ebx, 0x80000
+        and ebx, 0xffff7
+        mov [rbx], rdi
+        lock xadd [rbx + 1], edi
+        xor ebx, 0x40000
+        mov [rbx], bl
+        cmp byte ptr [{DATA}], 0
+        je again
+        hlt
+"""
+"""Writes at random to the upper half of a `Guest`'s memory, across pages too, until the byte at DATA is set; rdi is the seed."""
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+@pytest.mark.parametrize("way", ["ring", "get", "clear"])
+def test_no_write_is_lost(kvm: Kvm, needs: Callable[[str], int], way: str, vcpus: int) -> None:
+    """A copy that takes over the pages that the log names, once they are protected again, ends as the guest's memory.
+
+    The vCPUs go on writing meanwhile: this is what moving a running machine relies on.
+    """
+    if kvm.engine == "linux" and module_of_kvm() == "kvm-pvm":
+        pytest.skip("linux: kvm_pvm emulates loops without end, and logs their writes when it leaves them")
+    if way == "ring":
+        needs("KVM_CAP_DIRTY_LOG_RING_ACQ_REL")
+        capabilities = [(KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 4096)]
+    elif way == "clear":
+        needs("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+        capabilities = [(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)]
+    else:
+        capabilities = []
+    with Guest(kvm, RANDOM_WRITES, vcpus=vcpus, capabilities=capabilities) as guest:
+        for number, vcpu in enumerate(guest.vcpus):
+            set_long_mode(vcpu, guest.memory, CODE, TABLES)
+            regs = vcpu.get_regs()
+            regs.rdi = number + 1
+            vcpu.set_regs(regs)
+        log(guest)
+        size_bytes = guest.memory.size_bytes
+        copy = bytearray(guest.map.read(0, size_bytes))
+        harvesting = threading.Lock()
+
+        def harvest() -> int:
+            """Bring the copy up to date; how many pages that took."""
+            with harvesting:
+                if way == "ring":
+                    pages = {page for vcpu in guest.vcpus for _, page in vcpu.take_dirty_gfns()}
+                    guest.vm.reset_dirty_rings()
+                else:
+                    bitmap = guest.vm.get_dirty_log(0)
+                    if way == "clear":
+                        guest.vm.clear_dirty_log(0, 0, PAGES, bitmap)
+                    pages = {page for page in range(PAGES) if bitmap[page >> 3] >> (page & 7) & 1}
+                for page in pages:
+                    copy[page << 12 : page + 1 << 12] = guest.map.read(page << 12, PAGE_SIZE)
+                return len(pages)
+
+        def run(number: int) -> None:
+            while (exit_ := guest.run(number)) != Hlt():
+                assert exit_ == DirtyRingFull()
+                harvest()
+
+        with ThreadPoolExecutor(vcpus) as pool:
+            running = [pool.submit(run, number) for number in range(vcpus)]
+            harvested = 0
+            while harvested < 2000 and not any(future.done() for future in running):
+                harvested += harvest()
+            guest.map.write(DATA, b"\1")
+            for future in running:
+                future.result()
+        harvest()
+        copy[DATA] = 1  # the host's own write
+        assert harvested >= 2000
+        memory = guest.map.read(0, size_bytes)
+        assert [
+            page for page in range(PAGES) if copy[page << 12 :][:4096] != memory[page << 12 :][:4096]
+        ] == []

@@ -16,10 +16,11 @@ from kvmkit import _engine
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
 from kvmkit.kvm.memory import MemorySlot
+from kvmkit.kvm.rings import DirtyRing
 from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.coalesced_mmio import CoalescedMmio
 from kvmkit.kvm.soft.irqchip import MAX_GSIS, IrqChip, SplitIrqChip
-from kvmkit.kvm.soft.memslots import MANUAL_PROTECT, MAX_SLOTS, MemSlots
+from kvmkit.kvm.soft.memslots import MANUAL_PROTECT, MAX_RING_BYTES, MAX_SLOTS, MemSlots
 from kvmkit.kvm.soft.x86 import ioapic
 from kvmkit.kvm.soft.x86.cpuid import get_supported_cpuid
 from kvmkit.uapi import arm64, capabilities, common
@@ -114,6 +115,8 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_COALESCED_MMIO: x.KVM_COALESCED_MMIO_PAGE_OFFSET,
     capabilities.KVM_CAP_COALESCED_PIO: 1,
     capabilities.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT,
+    capabilities.KVM_CAP_DIRTY_LOG_RING: MAX_RING_BYTES,
+    capabilities.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
     capabilities.KVM_CAP_USER_MEMORY2: 1,
     capabilities.KVM_CAP_PRE_FAULT_MEMORY: 1,
     capabilities.KVM_CAP_SYNC_REGS: x.KVM_SYNC_X86_VALID_FIELDS,
@@ -294,6 +297,13 @@ class Vm(_Descriptor, contract.Vm):
         self._check("KVM_CLEAR_DIRTY_LOG")
         self.slots.clear_dirty_log(slot, first_page, num_pages, dirty_bitmap)
 
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS."""
+        self._check("KVM_RESET_DIRTY_RINGS")
+        if not self.slots.ring_size_bytes:
+            raise ioctl_error("KVM_RESET_DIRTY_RINGS", errno.EINVAL, "there are no dirty rings")
+        return self._vm.reset_dirty_rings()
+
     def register_coalesced_mmio(self, addr: int, size: int, pio: int = 0) -> None:
         """KVM_REGISTER_COALESCED_MMIO."""
         self._check("KVM_REGISTER_COALESCED_MMIO")
@@ -314,6 +324,8 @@ class Vm(_Descriptor, contract.Vm):
         match cap:
             case capabilities.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
                 self.slots.enable_manual_protect(argument)
+            case capabilities.KVM_CAP_DIRTY_LOG_RING | capabilities.KVM_CAP_DIRTY_LOG_RING_ACQ_REL:
+                self.slots.enable_rings(argument, bool(self._vcpus))
             case capabilities.KVM_CAP_SPLIT_IRQCHIP:
                 if not 0 <= argument <= MAX_GSIS:
                     raise ioctl_error(name, errno.EINVAL, f"{argument} pins: at most {MAX_GSIS}")
@@ -526,6 +538,10 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._run: x.kvm_run | None = x.kvm_run.from_buffer(self._mmap)
         address = ctypes.addressof(self._run)
         self._vcpu = native.create_vcpu(id, address, _MMAP_BYTES)
+        self._dirty_ring: DirtyRing | None = None
+        if (ring := self._vcpu.dirty_ring()) is not None:
+            address, size_bytes = ring  # mapped as long as the native vCPU lives
+            self._dirty_ring = DirtyRing(memoryview((ctypes.c_ubyte * size_bytes).from_address(address)))
 
     def close(self) -> None:
         """Release it. It must have left `run`."""
@@ -658,6 +674,13 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """Take the guest's writes from the coalesced MMIO ring."""
         self._check("the coalesced MMIO ring")
         return self._machine.coalesced.ring.take()
+
+    def take_dirty_gfns(self) -> list[tuple[int, int]]:
+        """Take what this vCPU wrote from its dirty ring."""
+        self._check("the dirty ring")
+        if self._dirty_ring is None:
+            raise ioctl_error("the dirty ring", errno.EINVAL, "enable KVM_CAP_DIRTY_LOG_RING_ACQ_REL first")
+        return self._dirty_ring.take()
 
     def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> int:
         """KVM_PRE_FAULT_MEMORY: the host allocates the pages."""

@@ -2,6 +2,7 @@
 
 The engine sets a bit for each page of a logged slot that the guest writes, and gives and clears them at once. That is
 KVM_GET_DIRTY_LOG. With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 the bits are collected here until KVM_CLEAR_DIRTY_LOG names them.
+With dirty rings, which hold the pages instead, there are no bits for user space (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP isn't x86's).
 """
 
 import ctypes
@@ -21,6 +22,7 @@ _MAX_USER = 1 << 47
 _FLAGS = c.KVM_MEM_LOG_DIRTY_PAGES | c.KVM_MEM_READONLY
 _MANUAL, _ALL_SET = c.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, c.KVM_DIRTY_LOG_INITIALLY_SET
 MANUAL_PROTECT = _MANUAL | _ALL_SET
+MAX_RING_BYTES = 65536 * ctypes.sizeof(c.kvm_dirty_gfn)  # KVM_DIRTY_RING_MAX_ENTRIES
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MADV_POPULATE_WRITE = 23
@@ -37,6 +39,7 @@ class MemSlots:
         self._protect = 0  # KVM_DIRTY_LOG_*
         self._dirty: dict[int, int] = {}
         """Slot → bitmap of pages that KVM_CLEAR_DIRTY_LOG has not cleared."""
+        self.ring_size_bytes = 0
 
     def set_region(self, name: str, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         """KVM_SET_USER_MEMORY_REGION; errors bear `name`."""
@@ -83,9 +86,24 @@ class MemSlots:
             raise ioctl_error("KVM_ENABLE_CAP", errno.EINVAL, f"options {options:#x}")
         self._protect = options
 
+    def enable_rings(self, size_bytes: int, have_vcpus: bool) -> None:
+        """KVM_CAP_DIRTY_LOG_RING: vCPUs to come have dirty rings. It looks at 32 bits of the size."""
+        size_bytes &= 0xFFFFFFFF
+        if size_bytes.bit_count() != 1 or size_bytes < _PAGE:
+            raise ioctl_error(
+                "KVM_ENABLE_CAP", errno.EINVAL, f"{size_bytes} bytes: a power of two from {_PAGE}"
+            )
+        if size_bytes > MAX_RING_BYTES:
+            raise ioctl_error("KVM_ENABLE_CAP", errno.E2BIG, f"{size_bytes} bytes: at most {MAX_RING_BYTES}")
+        if self.ring_size_bytes or have_vcpus:
+            raise ioctl_error("KVM_ENABLE_CAP", errno.EINVAL, "there are dirty rings or vCPUs already")
+        self._vm.set_dirty_ring(size_bytes)
+        self.ring_size_bytes = size_bytes
+
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG."""
         with self._lock:
+            self._without_rings("KVM_GET_DIRTY_LOG")
             pages = self._logged("KVM_GET_DIRTY_LOG", slot)
             dirty = self._collect(slot)
             if not self._protect & _MANUAL:
@@ -96,6 +114,7 @@ class MemSlots:
         """KVM_CLEAR_DIRTY_LOG: parts are whole 64-bit words, but for the slot's last."""
         name = "KVM_CLEAR_DIRTY_LOG"
         with self._lock:
+            self._without_rings(name)
             if first_page % 64:
                 raise ioctl_error(name, errno.EINVAL, f"first_page {first_page} is no multiple of 64")
             left = self._logged(name, slot) - first_page
@@ -105,6 +124,10 @@ class MemSlots:
                 raise ioctl_error(name, errno.EINVAL, f"{len(dirty_bitmap)} bytes hold no {num_pages} pages")
             named = int.from_bytes(dirty_bitmap, "little") & (1 << num_pages) - 1
             self._dirty[slot] = self._collect(slot) & ~(named << first_page)
+
+    def _without_rings(self, name: str) -> None:
+        if self.ring_size_bytes:
+            raise ioctl_error(name, errno.ENXIO, "this VM logs by dirty rings")
 
     def _logged(self, name: str, slot: int) -> int:
         """Pages of a slot that is logged."""
