@@ -2,9 +2,13 @@
 
 `data` of `Io` and `Mmio` is a window into kvm_run itself: what the caller writes there is what the guest reads when the
 vCPU is run again. It is valid until then. (Documentation/virt/kvm/api.rst, section 5, "The kvm_run structure".)
+
+These two are what guests exit with by far the most: they aren't frozen, which takes 0.6 µs longer to make (`bench/exits.py`), and
+they are read out of kvm_run by `struct`, which takes a third of the time of as many ctypes fields.
 """
 
 import ctypes
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +18,7 @@ from kvmkit.uapi import x86
 from kvmkit.uapi.layout import offset_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Io:
     """KVM_EXIT_IO: the guest executed in, out, ins or outs. `data` holds `count` items of `size` bytes."""
 
@@ -30,7 +34,7 @@ class Io:
         return self.direction == c.KVM_EXIT_IO_OUT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mmio:
     """KVM_EXIT_MMIO: an access of `len` bytes (up to 8) where no memory slot is. `data` is `len` bytes, little-endian."""
 
@@ -416,19 +420,20 @@ Exit = (
     | Unknown
 )
 
-_MMIO_DATA = offset_of(x86.kvm_run, "exit") + offset_of(c.kvm_run_mmio, "data")  # the same on arm64
+_EXIT = offset_of(x86.kvm_run, "exit")  # the same on arm64
+_MMIO_DATA = _EXIT + offset_of(c.kvm_run_mmio, "data")
+_IO = struct.Struct("=BBHIQ")  # kvm_run_io: direction, size, port, count, data_offset
+_MMIO = struct.Struct("=Q8xI?")  # kvm_run_mmio: phys_addr, data, len, is_write
 
 
-def _io(run: Any, area: memoryview) -> Exit:
-    io = run.exit.io
-    start = io.data_offset
-    return Io(io.direction, io.size, io.port, io.count, area[start : start + io.size * io.count])
+def _io(_run: Any, area: memoryview) -> Exit:
+    direction, size, port, count, start = _IO.unpack_from(area, _EXIT)
+    return Io(direction, size, port, count, area[start : start + size * count])
 
 
-def _mmio(run: Any, area: memoryview) -> Exit:
-    mmio = run.exit.mmio
-    length = mmio.len
-    return Mmio(mmio.phys_addr, length, bool(mmio.is_write), area[_MMIO_DATA : _MMIO_DATA + length])
+def _mmio(_run: Any, area: memoryview) -> Exit:
+    phys_addr, length, is_write = _MMIO.unpack_from(area, _EXIT)
+    return Mmio(phys_addr, length, is_write, area[_MMIO_DATA : _MMIO_DATA + length])
 
 
 def _debug(run: Any, _area: memoryview) -> Exit:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import signal
@@ -362,19 +363,20 @@ class Vcpu(Fd, contract.Vcpu):
         while True:
             self._running_tid = threading.get_native_id()
             try:
-                result = _libc.ioctl(self._fd, c.KVM_RUN, 0)
+                fcntl.ioctl(self._fd, c.KVM_RUN)  # a third of what the call costs by ctypes
+            except OSError as caught:
+                error = caught.errno
+            else:
+                return decode(run, self._area)
             finally:
                 self._running_tid = 0
-            if result == 0:
-                return decode(run, self._area)
-            error = ctypes.get_errno()
             if error == errno.EINTR:
                 return _EINTR_EXIT
             if error == errno.EAGAIN:  # a vCPU that waited for INIT and SIPI has woken up
                 continue
             if run.exit_reason == c.KVM_EXIT_MEMORY_FAULT and error in (errno.EFAULT, _EHWPOISON):
                 return decode(run, self._area)
-            raise ioctl_error("KVM_RUN", error)
+            raise ioctl_error("KVM_RUN", error or errno.EIO)
 
     def take_coalesced_mmio(self) -> list[common.kvm_coalesced_mmio]:
         """Take the guest's writes from the coalesced MMIO ring."""

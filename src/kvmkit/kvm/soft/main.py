@@ -569,7 +569,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         return self._run_to_exit(run)
 
     def _run_to_exit(self, run: x.kvm_run) -> Exit:
-        main = threading.current_thread() is threading.main_thread()
+        main = threading.get_ident() == threading.main_thread().ident
         chip, coalesced = self._machine.irqchip, self._machine.coalesced
         while True:
             reason, message = self._vcpu.run(main)
