@@ -102,6 +102,7 @@ IN_TREE = (
     "tests/kvm/**/*.py",
     "tests/uapi/**/*.py",
     "docs/kvm-api/*.txt",
+    "bench/exits.py",
 )
 UNUSED = re.compile(
     r"(\./)?(boot|usr/share|usr/include|usr/lib/modules|lib/modules|etc/(?!passwd))/.*|.*/ldscripts/.*|.*\.a"
@@ -245,17 +246,19 @@ def add_tree(archive: CpioWriter, source: Path, target: str, patterns: Sequence[
         archive.file(str(name), path.read_bytes(), path.stat().st_mode & 0o7777)
 
 
-def job_archive(bed: Bed, directory: Path, script: str, linux: bool) -> bytes:
-    """The working tree, what L1 shall do, and for a Linux on top of it (`linux`) what that takes: a cpio archive."""
+def job_archive(bed: Bed, directory: Path, job: "Job") -> bytes:
+    """The working tree, what L1 shall do, and for a Linux on top of it what that takes: a cpio archive."""
     output = io.BytesIO()
     archive = CpioWriter(output)
     built = ("src/kvmkit/*.so", "src/kvmkit/guest/*") if bed.architecture == "amd64" else ()  # for x86-64
     add_tree(archive, TREE, "kvmkit", (*IN_TREE, *built))
     archive.file("kvmkit/pyproject.toml", (TREE / "pyproject.toml").read_bytes())
-    archive.file("job", script.encode())
-    if linux and bed.architecture == "arm64":
+    archive.file("job", job.script.encode())
+    if job.compiled is not None:
+        archive.file("compiled", compiled(job.compiled), 0o755)
+    if job.linux and bed.architecture == "arm64":
         add_own_guest(archive, directory / "vmlinuz")
-    elif linux:
+    elif job.linux:
         fetch_default_guest(say)
         guests = cache_directory()
         patterns = [
@@ -267,6 +270,14 @@ def job_archive(bed: Bed, directory: Path, script: str, linux: bool) -> bytes:
         add_tree(archive, guests, f"root/.cache/kvmkit/{guests.name}", patterns)
     archive.close()
     return output.getvalue()
+
+
+def compiled(source: Path) -> bytes:
+    """A program in C for an L1 of our own architecture."""
+    with tempfile.TemporaryDirectory(prefix="kvmkit-testbed-") as directory:
+        program = Path(directory) / "program"
+        subprocess.run(["gcc", "-O2", "-static", "-o", str(program), str(source)], check=True)
+        return program.read_bytes()
 
 
 def add_own_guest(archive: CpioWriter, vmlinuz: Path) -> None:
@@ -293,6 +304,8 @@ class Job:
     script: str
     timeout_s: float
     linux: bool = False
+    compiled: Path | None = None
+    """A program in C, `/compiled` in L1."""
     expect: str = "."
     """A pattern that a line of the output must match."""
 
@@ -312,7 +325,7 @@ def run(bed: Bed, directory: Path, job: Job) -> Outcome:
     """Run a job in a new machine, its console on our stdout."""
     with tempfile.NamedTemporaryFile(prefix="kvmkit-testbed-", suffix=".cpio") as initrd:
         initrd.write((directory / "system.cpio").read_bytes())
-        initrd.write(job_archive(bed, directory, job.script, job.linux))
+        initrd.write(job_archive(bed, directory, job))
         initrd.flush()
         append = f"console={bed.console} quiet loglevel=1 panic=-1 random.trust_cpu=on"
         command = [
@@ -391,8 +404,15 @@ def record(lines: Sequence[str]) -> None:
 # The command.
 
 
-def jobs(name: str, quick: bool, record: bool, tests: Sequence[str], shell: str | None) -> list[Job]:
+def jobs(
+    name: str, quick: bool, record: bool, tests: Sequence[str], shell: str | None, exits: bool
+) -> list[Job]:
     """What was asked for."""
+    if exits:
+        bench = (
+            "python3.11 bench/exits.py --engines linux --reference /compiled --repetitions 21 --kicks 500\n"
+        )
+        return [Job("exits", bench, 1800, compiled=TREE / "bench" / "exits.c", expect="linux .*ratio.*")]
     if shell is not None:
         return [Job("shell", shell, 3600, linux=True, expect=".*")]
     selection = " ".join(shlex.quote(test) for test in tests)
@@ -425,6 +445,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", metavar="TEST", help="tests for pytest, or options after --")
     parser.add_argument("--quick", action="store_true", help="leave out what is marked slow")
     parser.add_argument("--record", action="store_true", help="write docs/kvm-api/kvm-BED.txt of what passed")
+    parser.add_argument("--exits", action="store_true", help="run bench/exits.py instead (amd)")
     parser.add_argument("--shell", metavar="SCRIPT", help="run a shell script in L1 instead")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -435,7 +456,9 @@ def main() -> int:
         if shutil.which(bed.qemu[0]) is None:
             raise BedError(f"no {bed.qemu[0]} here: install Debian's package for it")
         directory = system(bed)
-        for job in jobs(options.bed, options.quick, options.record, options.tests, options.shell):
+        for job in jobs(
+            options.bed, options.quick, options.record, options.tests, options.shell, options.exits
+        ):
             outcome = run_with_retry(bed, directory, job)
             passed = succeeded(job, outcome)
             failed |= not passed

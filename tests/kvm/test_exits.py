@@ -22,7 +22,8 @@ class Area:
     def decode(self, reason: int) -> exits.Exit:
         """Decode it as exit `reason`."""
         self.run.exit_reason = reason
-        return exits.decode(self.run, memoryview(self.buffer))
+        area = memoryview(self.buffer)
+        return exits.decode(self.run, area, area.cast("I"))
 
 
 def test_io_data_is_a_window() -> None:

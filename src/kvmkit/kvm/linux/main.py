@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from threading import get_native_id
 from typing import Any, Self, TypeVar
 
 from kvmkit.kvm import contract
@@ -333,6 +335,8 @@ class Vcpu(Fd, contract.Vcpu):
             self.close()
             raise
         self._area = memoryview(self._mmap)
+        self._words = self._area.cast("I")
+        self._enter = partial(fcntl.ioctl, fd, c.KVM_RUN)  # a third of what the call costs by ctypes
         self._run: x86.kvm_run | arm64.kvm_run | None = self.run_class.from_buffer(self._mmap)
 
     @property
@@ -359,15 +363,17 @@ class Vcpu(Fd, contract.Vcpu):
 
     def run(self) -> Exit:
         """KVM_RUN."""
-        run = self.kvm_run
+        run = self._run
+        if run is None:
+            raise ioctl_error("KVM_RUN", errno.EBADF, "the vCPU is closed")
         while True:
-            self._running_tid = threading.get_native_id()
+            self._running_tid = get_native_id()
             try:
-                fcntl.ioctl(self._fd, c.KVM_RUN)  # a third of what the call costs by ctypes
+                self._enter()
             except OSError as caught:
                 error = caught.errno
             else:
-                return decode(run, self._area)
+                return decode(run, self._area, self._words)
             finally:
                 self._running_tid = 0
             if error == errno.EINTR:
@@ -375,7 +381,7 @@ class Vcpu(Fd, contract.Vcpu):
             if error == errno.EAGAIN:  # a vCPU that waited for INIT and SIPI has woken up
                 continue
             if run.exit_reason == c.KVM_EXIT_MEMORY_FAULT and error in (errno.EFAULT, _EHWPOISON):
-                return decode(run, self._area)
+                return decode(run, self._area, self._words)
             raise ioctl_error("KVM_RUN", error or errno.EIO)
 
     def take_coalesced_mmio(self) -> list[common.kvm_coalesced_mmio]:
@@ -408,6 +414,7 @@ class Vcpu(Fd, contract.Vcpu):
         """Close it and unmap kvm_run, or leave that to whoever still holds an exit's `data`."""
         if self._fd >= 0 and hasattr(self, "_area"):
             self._run = self._coalesced = self._dirty_ring = None
+            self._words.release()
             self._area.release()
             try:
                 self._mmap.close()

@@ -535,6 +535,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._machine = vm
         self._mmap = mmap.mmap(-1, _MMAP_BYTES)
         self._area = memoryview(self._mmap)
+        self._words = self._area.cast("I")
         self._run: x.kvm_run | None = x.kvm_run.from_buffer(self._mmap)
         address = ctypes.addressof(self._run)
         self._vcpu = native.create_vcpu(id, address, _MMAP_BYTES)
@@ -606,11 +607,11 @@ class Vcpu(_Descriptor, contract.Vcpu):
             if reason == c.KVM_EXIT_INTR:
                 return Intr()
             if message is not None:
-                exit_ = decode(run, self._area)
+                exit_ = decode(run, self._area, self._words)
                 assert isinstance(exit_, InternalError)
                 self.error_message = message
                 return exit_
-            return decode(run, self._area)
+            return decode(run, self._area, self._words)
 
     def _run_synced(self, run: x.kvm_run) -> Exit:
         """KVM_RUN with registers shared through kvm_run (KVM_CAP_SYNC_REGS)."""
