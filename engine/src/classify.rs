@@ -91,9 +91,9 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         | Rcl | Rcr | Shld | Shrd | Bsf | Bsr | Bswap | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Lahf | Sahf | Clc
         | Stc | Cmc | Movbe | Popcnt | Lzcnt | Tzcnt | Crc32 | Andn | Bextr | Blsi | Blsmsk | Blsr | Bzhi | Pdep
         | Pext | Rorx | Sarx | Shlx | Shrx | Mulx | Adcx | Adox | Lfence | Mfence | Sfence | Rdrand | Rdseed
-        | Pause | Movnti | Movdiri | Seto | Setno | Setb | Setae | Sete | Setne | Setbe | Seta | Sets | Setns
-        | Setp | Setnp | Setl | Setge | Setle | Setg | Cmovo | Cmovno | Cmovb | Cmovae | Cmove | Cmovne | Cmovbe
-        | Cmova | Cmovs | Cmovns | Cmovp | Cmovnp | Cmovl | Cmovge | Cmovle | Cmovg => Class::Plain,
+        | Movnti | Movdiri | Seto | Setno | Setb | Setae | Sete | Setne | Setbe | Seta | Sets | Setns | Setp
+        | Setnp | Setl | Setge | Setle | Setg | Cmovo | Cmovno | Cmovb | Cmovae | Cmove | Cmovne | Cmovbe | Cmova
+        | Cmovs | Cmovns | Cmovp | Cmovnp | Cmovl | Cmovge | Cmovle | Cmovg => Class::Plain,
         Mov if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && is_special(i.op_register(n))) => {
             // Reading a segment register changes nothing; loading one may shadow interrupts or fault.
             if i.op1_kind() == OpKind::Register && (i.op1_register().is_segment_register() || i.op1_register().is_cr())
@@ -130,9 +130,9 @@ pub fn classify(i: &Instruction, features: Features) -> Class {
         Rdtsc => Class::Rdtsc,
         Rdtscp => Class::Rdtscp,
         Pushfq => Class::Pushf,
-        Clflush | Clflushopt | Clwb | Rdpid | Cpuid | Rdmsr | Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd
-        | Stosq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq | Lodsb | Lodsw | Lodsd | Lodsq
-        | Rdfsbase | Wrfsbase | Rdgsbase | Wrgsbase | Swapgs | Cld | Std | Xlatb | Enter | Xgetbv
+        Pause | Clflush | Clflushopt | Clwb | Rdpid | Cpuid | Rdmsr | Movsb | Movsw | Movsd | Movsq | Stosb | Stosw
+        | Stosd | Stosq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq | Lodsb | Lodsw | Lodsd
+        | Lodsq | Rdfsbase | Wrfsbase | Rdgsbase | Wrgsbase | Swapgs | Cld | Std | Xlatb | Enter | Xgetbv
             if i.op_count() == 0 || !has_vector(i) =>
         {
             Class::Interpret

@@ -581,6 +581,7 @@ pub struct Vcpu {
     pub interpret_only: bool,
     /// The timer `timer::SIGNALS` runs.
     pub signals_armed: bool,
+    pub spin: crate::spin::Spin,
 }
 
 impl Vcpu {
@@ -629,6 +630,7 @@ impl Vcpu {
             fetch: Box::default(),
             interpret_only: false,
             signals_armed: false,
+            spin: crate::spin::Spin::default(),
         };
         this.reset();
         this.mp_state =

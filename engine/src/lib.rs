@@ -37,6 +37,7 @@ mod x86 {
     pub mod run;
     pub mod segment;
     pub mod signal;
+    pub mod spin;
     pub mod state;
     pub mod stats;
     pub mod sys;

@@ -103,6 +103,8 @@ pub mod vcpu {
         TLB_FLUSH = "tlb_flush", COUNT;
         TLB_FLUSH_LOCAL = "tlb_flush_non_global", COUNT;
         INVLPG = "invlpg", COUNT;
+        /// Times that a vCPU in a loop of PAUSE gave its processor away.
+        SPIN_YIELDS = "spin_yields", COUNT;
         HALT_WAKEUP = "halt_wakeup", COUNT;
         HALT_WAIT = "halt_wait_ns", NANOSECONDS;
         HALT_WAIT_HIST = "halt_wait_hist", HISTOGRAM;

@@ -46,6 +46,18 @@ fn events_are_counted() {
 }
 
 #[test]
+fn a_loop_of_pause_gives_the_processor_away() {
+    let mut m = Machine::new(4 << 20);
+    m.long_mode();
+    // pause; hlt
+    assert_eq!(m.run(&[0xf3, 0x90, 0xf4]), Exit::Hlt);
+    assert_eq!(count(&m, vcpu::SPIN_YIELDS), 0);
+    // mov ecx, 100000; 1: pause; dec ecx; jnz 1b; hlt
+    assert_eq!(m.run(&[0xb9, 0xa0, 0x86, 1, 0, 0xf3, 0x90, 0xff, 0xc9, 0x75, 0xfa, 0xf4]), Exit::Hlt);
+    assert!(count(&m, vcpu::SPIN_YIELDS) > 0);
+}
+
+#[test]
 fn the_file_has_the_layout_of_binary_statistics() {
     let mut m = Machine::new(4 << 20);
     m.long_mode();

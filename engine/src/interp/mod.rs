@@ -768,6 +768,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             sys::rdtsc(v)?;
             v.cpu.gpr[RCX] = v.cpu.msr.tsc_aux & 0xffff_ffff;
         }
+        Pause => v.spin.pause(&v.shared.stats),
         Rdpid => {
             let value = v.cpu.msr.tsc_aux & 0xffff_ffff;
             set_register(&mut v.cpu, i.op0_register(), value);
