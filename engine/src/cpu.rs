@@ -638,22 +638,10 @@ impl Vcpu {
         Ok(this)
     }
 
-    /// State after power-up and INIT (Intel SDM volume 3, table 10-1).
+    /// State after power-up (Intel SDM volume 3, table 10-1).
     pub fn reset(&mut self) {
         let c = &mut *self.cpu;
-        let data = Seg { base: 0, limit: 0xffff, sel: 0, attr: 0x93, unusable: false };
-        c.segs = [data; 6];
-        c.segs[CS] = Seg { base: 0xffff_0000, sel: 0xf000, attr: 0x9b, ..data };
-        c.ldtr = Seg { attr: 0x82, ..data };
-        c.tr = Seg { attr: 0x8b, ..data };
-        (c.gdtr, c.idtr) = (Table { base: 0, limit: 0xffff }, Table { base: 0, limit: 0xffff });
-        (c.cr0, c.cr2, c.cr3, c.cr4, c.efer, c.xcr0) = (cr0::ET | cr0::CD | cr0::NW, 0, 0, 0, 0, 1);
-        c.dr = [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400];
-        c.gpr = [0; 16];
-        c.gpr[RDX] = 0x600;
-        c.rip = 0xfff0;
-        c.set_rflags(2);
-        (c.cpl, c.shadow) = (0, 0);
+        (c.cr0, c.xcr0) = (cr0::CD | cr0::NW, 1);
         let (apic_base, tsc_adjust) = (c.msr.apic_base, c.msr.tsc_adjust);
         c.msr = Msrs { apic_base, tsc_adjust, pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() };
         if apic_base == 0 {
@@ -669,12 +657,35 @@ impl Vcpu {
         c.fpu.0[0..2].copy_from_slice(&0x40u16.to_le_bytes());
         c.fpu.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
         c.fpu.0[512] = 3;
+        self.init();
+    }
+
+    /// State after INIT (the same table): x87 and vector state, MSRs and CR0's cache bits stay, but for those MSRs by which
+    /// KVM writes to the guest's memory.
+    pub fn init(&mut self) {
+        let c = &mut *self.cpu;
+        let data = Seg { base: 0, limit: 0xffff, sel: 0, attr: 0x93, unusable: false };
+        c.segs = [data; 6];
+        c.segs[CS] = Seg { base: 0xffff_0000, sel: 0xf000, attr: 0x9b, ..data };
+        c.ldtr = Seg { attr: 0x82, ..data };
+        c.tr = Seg { attr: 0x8b, ..data };
+        (c.gdtr, c.idtr) = (Table { base: 0, limit: 0xffff }, Table { base: 0, limit: 0xffff });
+        (c.cr0, c.cr2, c.cr3, c.cr4, c.efer) = (cr0::ET | c.cr0 & (cr0::CD | cr0::NW), 0, 0, 0, 0);
+        c.dr = [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400];
+        c.gpr = [0; 16];
+        c.gpr[RDX] = 0x600;
+        c.rip = 0xfff0;
+        c.set_rflags(2);
+        (c.cpl, c.shadow) = (0, 0);
+        let m = &mut c.msr;
+        (m.kvm_system_time, m.kvm_async_pf, m.kvm_steal_time, m.kvm_pv_eoi) = (0, 0, 0, 0);
         (self.halted, self.nmi_masked, self.nmi_pending, self.user_irq) = (false, false, false, None);
         self.io = IoState::default();
         self.injected = None;
         self.debug.reset();
         crate::mmu::flush_all(self);
     }
+
     /// After a safepoint: take up what may have changed.
     pub fn refresh(&mut self) {
         let slots = self.vm.slots.read().unwrap().clone();

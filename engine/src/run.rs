@@ -152,7 +152,7 @@ fn accept(v: &mut Vcpu, requests: u32) {
         v.nmi_pending = true;
     }
     if requests & request::INIT != 0 {
-        v.reset();
+        v.init();
         if let Some(lapic) = &v.shared.lapic {
             lapic.state.lock().unwrap().reset();
         }

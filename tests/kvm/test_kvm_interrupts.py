@@ -25,6 +25,7 @@ READY, DELIVERED, MARKER = 0x10, 0x11, 0x12
 LAPIC = 0xFEE00000
 IOAPIC = 0xFEC00000
 VECTOR = 0x31
+MSR_MTRR_DEF_TYPE, MSR_STAR = 0x2FF, 0xC0000081
 MARKER_VECTOR = 0x21  # of lower priority: taken when nothing else is pending
 
 # Both 8259, vectors from 0x20, with only `\\irq` (below 8) unmasked.
@@ -508,8 +509,16 @@ def test_waiting_init_is_state(kvm: Kvm) -> None:
         enabled = guest.vcpu.get_lapic()
         enabled.regs[0xF1] |= 1  # KVM notes who has which ID only when an APIC is enabled
         guest.vcpu.set_lapic(enabled)
+        msrs = {MSR_STAR: 0x1234_5678 << 32, MSR_MTRR_DEF_TYPE: 0xC06}
+        second.set_msrs(msrs)
+        fpu = second.get_fpu()
+        fpu.fcw = 0x27F
+        second.set_fpu(fpu)
         assert guest.vm.signal_msi(LAPIC + (1 << 12), 5 << 8) == 1
         assert second.get_mp_state() == KVM_MP_STATE_INIT_RECEIVED
+        # What firmware has set stays.
+        assert second.get_msrs(list(msrs)) == msrs
+        assert second.get_fpu().fcw == 0x27F
         guest.vm.signal_msi(LAPIC + (1 << 12), 6 << 8 | 0x12)
         assert second.get_mp_state() == KVM_MP_STATE_RUNNABLE
         assert second.get_sregs().cs.base == 0x12000
