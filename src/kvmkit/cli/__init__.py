@@ -50,7 +50,10 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_KVMKIT)
-    except click.Abort:  # KeyboardInterrupt, as click passes it on
+    except click.Abort:  # KeyboardInterrupt, as click passes it on; all is cleaned up
+        # By the signal itself: a shell script that runs us ends as well, which it doesn't for a mere status.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
         sys.exit(128 + signal.SIGINT)
     except KvmkitError as error:
         click.echo(f"kvmkit: {error}", err=True)
