@@ -100,6 +100,7 @@ IN_TREE = (
     "src/kvmkit/**/*.py",
     "tests/conftest.py",
     "tests/kvm/**/*.py",
+    "tests/machine/test_move.py",
     "tests/uapi/**/*.py",
     "docs/kvm-api/*.txt",
     "bench/exits.py",
@@ -428,6 +429,8 @@ def jobs(
         if name == "amd":
             boot = f"{kvmkit} run --engine kvm --verbose --timeout 200 -- uname -r\n"
             found.append(Job("linux boot", boot, 300, linux=True, expect=r"\d+\.\d+\.\d+\S*"))
+            move = f"{pytest} -rs tests/machine/test_move.py -k kvm\n"
+            found.append(Job("linux moves", move, 600, linux=True, expect=r"=+ 2 passed\b.*=+"))
         else:
             # Compiling what both of kvmkit's processes import takes longer than the boot: once is enough.
             cached = "export PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=/tmp/bytecode"

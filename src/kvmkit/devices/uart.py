@@ -53,6 +53,12 @@ class Uart(ABC):
         with self._lock:
             self._output.flush()
 
+    def connect(self, irq: Callable[[int], None]) -> None:
+        """Set the interrupt line by `irq` from now on, at once to the level that it has."""
+        with self._lock:
+            self._irq = irq
+            irq(self._line)
+
     def close(self) -> None:
         """Pass on what was sent and release whoever waits in `feed`."""
         with self._room:

@@ -141,6 +141,10 @@ class MemoryMap:
             vm.set_user_memory_region(first_slot + i, gpa, memory.size_bytes, memory.address)
         self.on_write(vm.memory_written)
 
+    def detach(self, vm: "Vm") -> None:
+        """Tell `vm` of no more writes. Its slots stay: none of its vCPUs may run any more."""
+        self._hooks.remove(vm.memory_written)
+
     def on_write(self, hook: WriteHook) -> None:
         """Call `hook(gpa, size_bytes)` after each write that host code makes."""
         self._hooks.append(hook)

@@ -1,8 +1,9 @@
 """The board: memory, interrupt chips and timers from the engine, devices from here, and processors as the boot protocol wants them."""
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from kvmkit.devices.acpi_pm import PM1_CNT_BYTES, PM1_EVT_BYTES, PM_TMR_BYTES, AcpiPm, PmTimer
@@ -16,6 +17,7 @@ from kvmkit.devices.virtio.device import VirtioDevice
 from kvmkit.devices.virtio.mmio import VirtioMmio
 from kvmkit.kvm import GuestAddressError, GuestMemory, Kvm, MemoryMap, Vcpu, Vm, irqchip_route
 from kvmkit.kvm.exits import Io, Mmio
+from kvmkit.kvm.state import load_vcpu, load_vm, save_vcpu, save_vm
 from kvmkit.machine.x86 import acpi, boot, layout
 from kvmkit.machine.x86.cpu_model import cpu_model
 from kvmkit.machine.x86.cpuid import cpuid_of
@@ -73,17 +75,15 @@ class X86Board:
         self.memory_bytes = memory_bytes
         self.memory = MemoryMap()
         self.vcpus: list[Vcpu] = []
+        self._vm = vm
         self._transports = ExitStack()
+        self._virtio_devices = len(devices)
         blocks = layout.ram(memory_bytes)
         tables = acpi.build(layout.ACPI, cpus, len(devices))
         self._buses = Buses()
         self.pio: Callable[[Io], None] = self._buses.pio
         self.mmio: Callable[[Mmio], None] = self._buses.mmio
-
-        def com1_irq(level: int) -> None:
-            vm.irq_line(layout.COM1_IRQ, level)
-
-        self.serial = Serial(com1_irq, serial_write)
+        self.serial = Serial(partial(vm.irq_line, layout.COM1_IRQ), serial_write)
         ports = self._buses.ports
         ports.register(layout.COM1, 8, self.serial)
         ports.register(layout.RTC, 2, Rtc())
@@ -141,6 +141,34 @@ class X86Board:
         entry = multiboot.load(self.memory, self.memory_bytes, kernel, module, arguments)
         self._enter_protected(entry.ip, eax=multiboot.LOADER_MAGIC, ebx=entry.info)
         return entry.cmdline
+
+    def move(self, vm: Vm, msrs: Iterable[int]) -> set[int]:
+        """Go on with the same memory and devices on `vm`, a new VM of any engine; the old one has lost its vCPUs and is to be closed.
+
+        No vCPU runs, and each has completed its last exit's access (`kvmkit.kvm.state`). The processors can do nothing that `vm`'s
+        engine can't. Of `msrs`, those that both engines have, the ones that the new vCPUs refuse are returned. `ValueError` if there
+        are virtio devices: what notifies them belongs to the old VM.
+        """
+        if self._virtio_devices:
+            raise ValueError("a board with virtio devices can't move to another VM")
+        msrs = list(msrs)
+        chips = save_vm(self._vm)
+        processors = [(vcpu.id, save_vcpu(self._vm, vcpu, msrs)) for vcpu in self.vcpus]
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vcpus.clear()
+        self.memory.detach(self._vm)
+        self._vm = vm
+        _interrupts_and_timers(vm)
+        self.memory.attach(vm)
+        # Before the chips get their state: their inputs' levels are not in it.
+        self.serial.connect(partial(vm.irq_line, layout.COM1_IRQ))
+        refused: set[int] = set()
+        for id, state in processors:
+            self.vcpus.append(vm.create_vcpu(id))
+            refused |= load_vcpu(self.vcpus[-1], state)
+        load_vm(vm, chips)
+        return refused
 
     def serial_input(self, data: bytes) -> None:
         """Type `data` on the serial port. Returns when the guest has taken nearly all of it, or at `close`."""
