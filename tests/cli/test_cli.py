@@ -11,6 +11,7 @@ from kvmkit.cli import commands
 from kvmkit.cli.arguments import Memory
 from kvmkit.cli.run import _status
 from kvmkit.client import End
+from kvmkit.errors import VmTimeout
 
 
 def test_help_names_the_exit_codes() -> None:
@@ -18,6 +19,23 @@ def test_help_names_the_exit_codes() -> None:
     assert "kvmkit run -- uname -a   " in text
     for line in ("  124  the timeout", "  125  kvmkit failed", "  123  the guest died"):
         assert line in text
+
+
+@pytest.mark.parametrize("option", [["--timeout", "5"], ["--stats"]])
+def test_a_detached_guest_is_not_waited_for(option: list[str]) -> None:
+    result = CliRunner().invoke(commands, ["run", "-d", *option])
+    assert result.exit_code != 0 and "--timeout and --stats" in result.output
+
+
+def test_an_agent_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no --timeout that was over where none was given."""
+
+    def detach(*_: object) -> int:
+        raise VmTimeout("the guest's agent didn't come up")
+
+    monkeypatch.setattr("kvmkit.cli.run._detach", detach)
+    result = CliRunner().invoke(commands, ["run", "-d"])
+    assert isinstance(result.exception, VmTimeout)
 
 
 @pytest.mark.parametrize(

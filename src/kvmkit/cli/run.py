@@ -189,6 +189,8 @@ def run(
                 raise click.UsageError("--stats goes with a command, which ends before the guest does")
             status = _console(dataclasses.replace(machine, agent=False), follower, deadline, verbose)
         elif detach:
+            if timeout is not None or stats:
+                raise click.UsageError("--timeout and --stats go with a guest that kvmkit run waits for")
             status = _detach(machine, command, dict(env), follower)
         else:
             status = _run(
@@ -203,6 +205,8 @@ def run(
                 stats=stats,
             )
     except VmTimeout:
+        if timeout is None:  # the agent didn't come up
+            raise
         click.echo(f"kvmkit: the guest still ran after {timeout:g} s", err=True)
         status = EXIT_TIMEOUT
     sys.exit(status)
