@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmkit.kvm import Kvm, Vcpu
@@ -19,6 +19,11 @@ TABLES = tuple(range(ROOT, ROOT + 0x8000, 0x1000))
 CR0_PE, CR0_WP, CR0_PG = 1 << 0, 1 << 16, 1 << 31
 CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = (1 << bit for bit in (4, 5, 12, 20, 21))
 EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
+
+EXAMPLES = settings(
+    deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+"""In a test bed, time is no measure of anything."""
 
 KINDS: tuple[AccessKind, ...] = ("read", "write", "execute")
 
@@ -117,7 +122,7 @@ def test_random_tables(kvm: Kvm, guest: Guest, mode: Mode) -> None:
         linear = st.one_of(canonical, canonical, canonical, st.integers(0, (1 << 64) - 1))
     outcomes: set[object] = set()
 
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @settings(EXAMPLES, max_examples=200)
     @given(linear, st.lists(entry, min_size=mode.levels, max_size=mode.levels), st.booleans())
     def check(gva: int, entries: list[int], nxe: bool) -> None:
         for table in TABLES:
@@ -139,6 +144,8 @@ def test_random_tables(kvm: Kvm, guest: Guest, mode: Mode) -> None:
         assert walk.paging is not None
         if kvm.engine == "soft" and mode.entry_bytes == 4 and walk.paging.steps[-1].entry is None:
             return  # the engine takes what isn't there for ones, which is a valid entry then
+        if kvm.engine == "linux" and "canonical" in (walk.paging.end or ""):
+            return  # KVM_TRANSLATE walks the tables without looking whether it is
         translation = guest.vcpu.translate(gva)
         assert (walk.gpa is not None) == bool(translation.valid), str(walk)
         assert walk.gpa is None or walk.gpa == translation.physical_address, str(walk)
@@ -261,7 +268,7 @@ def test_error_codes(kvm: Kvm, faulting: FaultingGuest) -> None:
     ).__next__()
     seen: set[int] = set()
 
-    @settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @settings(EXAMPLES, max_examples=300)
     @given(
         st.sampled_from(KINDS),
         st.booleans(),
