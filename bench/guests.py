@@ -1,12 +1,18 @@
 """Real software in a guest of the software engine, beside the same software run natively.
 
-    python bench/guests.py [SUITE …] [--cpus N] [--only NAME …] [--json FILE]
+    python bench/guests.py [SUITE …] [--cpus N] [--count N] [--seconds S] [--only NAME …] [--json FILE]
 
 Both sides run the same files: Debian's packages in an image that is built when it is needed first. Natively, that is the image
 unpacked, in namespaces of its own and as an ordinary user, as in the guest.
 
   python   modules of CPython's own test suite: each test must end in the guest as it does natively
   jit      our programs for LuaJIT and node.js (programs/jit.*), with several options: the same checksums as natively
+  openssl  digests, ciphers, MACs, KDFs and curves on fixed input: the same output as natively
+  crypto   the kernel's self-tests of all its algorithms, on CPUs of several feature levels
+  modules  kernel modules loaded and unloaded, and kernel code patched, while other vCPUs run: 2 and 4 vCPUs, --count rounds
+  stress   stress-ng --verify and hackbench, --seconds each, with 2 and with 8 vCPUs
+  boots    --count boots in a row with 2, 4 and 8 vCPUs
+  latency  of timers and inter-processor interrupts, and an idle guest's share of a core; busy host: run it beside a load
 
 The exit status is 1 if something failed.
 """
@@ -14,22 +20,27 @@ The exit status is 1 if something failed.
 import argparse
 import json
 import os
+import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 from xml.etree import ElementTree
 
-from kvmkit.client import Machine, MachineConfig
+from kvmkit.client import Machine, MachineConfig, Share
 from kvmkit.errors import CommandTimeout
 from kvmkit.images import build
 from kvmkit.images.store import Store
+from kvmkit.machine.debian import Apt
+from kvmkit.machine.guest import CLOUD_KERNEL
 
 IMAGE = "bench-guests"
 PACKAGES = [
@@ -122,8 +133,8 @@ class Native:
 class Guest:
     """A guest with the image as its root; started again if it died."""
 
-    def __init__(self, image: Path, cpus: int) -> None:
-        self.config = MachineConfig(root=image, engine="soft", cpus=cpus, memory="2G")
+    def __init__(self, image: Path, cpus: int, *, shares: tuple[Share, ...] = (), cpu: str = "host") -> None:
+        self.config = MachineConfig(root=image, engine="soft", cpus=cpus, memory="2G", shares=shares, cpu=cpu)
         self.machine = Machine(self.config)
 
     def __enter__(self) -> "Guest":
@@ -160,6 +171,8 @@ class Suite:
     image: Path
     cpus: int
     only: Sequence[str]
+    count: int
+    seconds: float
     failures: list[str] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -176,7 +189,7 @@ class Suite:
 MODULES = """
     array ast asyncio bigmem binascii builtin bytes bz2 cmath codecs collections complex ctypes datetime
     decimal descr dict eintr epoll fcntl file float fork1 fractions functools gc generators hashlib int
-    io itertools json largefile list long lzma marshal math memoryview mmap multiprocessing_fork os
+    io itertools json list long lzma marshal math memoryview mmap multiprocessing_fork os
     pathlib pickle poll posix pty queue random re resource select selectors set shutil signal socket ssl
     statistics strtod struct subprocess tempfile thread threadedtempfile threading threadsignals time
     timeout tuple unicode unicodedata wait3 wait4 weakref zipfile zlib
@@ -327,7 +340,224 @@ def checksums(done: Done) -> dict[str, str]:
     return dict(re.findall(r"^(\w+)\s+(\S.*)$", done.output, re.MULTILINE))
 
 
-SUITES: dict[str, Callable[[Suite], None]] = {"python": python, "jit": jit}
+# --- the kernel's modules, its own patching and its crypto's self-tests
+
+MODULES_LOADED = "crc32c_intel libcrc32c xor dm_mod loop nf_conntrack nf_tables"
+BAD = re.compile(
+    r"BUG:|kernel BUG|WARNING:|Oops|Call Trace|protection fault|unable to handle|rcu.*stall|soft lockup"
+)
+"""What the kernel's log may not have."""
+
+
+def kernel_modules(directory: Path) -> Share:
+    """All modules of the default kernel, as a share."""
+    with Apt(Path(tempfile.mkdtemp(dir=directory)), say) as apt:
+        deb, _, _ = apt.download(CLOUD_KERNEL)
+        tree = directory / "kernel"
+        subprocess.run(["dpkg-deb", "-x", deb, tree], check=True)
+    return Share(tree / "lib" / "modules", "/lib/modules")
+
+
+def check_log(suite: Suite, guest: Guest, title: str) -> str:
+    """The kernel's log; what must not be in it is a failure."""
+    log = guest.machine.run(["dmesg"], text=True, check=True).stdout
+    for line in log.splitlines():
+        if BAD.search(line):
+            suite.fail(f"{title}: the kernel says: {line}")
+    return log
+
+
+def modules(suite: Suite) -> None:
+    """Load and unload modules while other CPUs run and code is patched, with 2 and 4 vCPUs."""
+    with tempfile.TemporaryDirectory() as directory:
+        share = kernel_modules(Path(directory))
+        for cpus in (2, 4):
+            with Guest(suite.image, cpus, shares=(share,)) as guest:
+                guest.machine.run(["depmod"], check=True)
+                guest.write("/tmp/modules.sh", (PROGRAMS / "modules.sh").read_bytes())
+                say(f"{suite.count} rounds, {cpus} vCPUs   ", "\r")
+                start = time.monotonic()
+                argv = ["sh", "/tmp/modules.sh", str(suite.count), *MODULES_LOADED.split()]
+                done = guest.machine.run(argv, text=True)
+                seconds = time.monotonic() - start
+                if done.returncode:
+                    suite.fail(f"modules, {cpus} vCPUs: status {done.returncode}: {done.stderr[-2000:]}")
+                check_log(suite, guest, f"modules, {cpus} vCPUs")
+                print(
+                    f"{cpus} vCPUs, {suite.count} rounds: {done.stdout.strip()}; {seconds:.0f} s", flush=True
+                )
+                suite.results[f"{cpus} vCPUs"] = {"rounds": suite.count, "seconds": seconds}
+
+
+def kernel_crypto(suite: Suite) -> None:
+    """The kernel tests every algorithm that registers: load all there are, on CPUs of several feature levels."""
+    with tempfile.TemporaryDirectory() as directory:
+        share = kernel_modules(Path(directory))
+        load = """depmod && cd /lib/modules/*/kernel && for file in crypto/*.ko arch/x86/crypto/*.ko; do
+            name=${file##*/} && [ $name = tcrypt.ko ] || modprobe ${name%.ko} 2>/dev/null || true; done
+            modprobe tcrypt 2>&1; cat /proc/crypto"""
+        for cpu in suite.wanted(["x86-64-v2", "x86-64-v3", "x86-64-v4", "host"]):
+            with Guest(suite.image, suite.cpus, shares=(share,), cpu=cpu) as guest:
+                say(f"{cpu}   ", "\r")
+                start = time.monotonic()
+                text = guest.machine.run(["sh", "-c", load], text=True, check=True).stdout
+                seconds = time.monotonic() - start
+                log = check_log(suite, guest, f"crypto, {cpu}")
+                drivers = dict(
+                    re.findall(r"^driver +: (.*)\n(?:.+\n)*?selftest +: (.*)$", text, re.MULTILINE)
+                )
+                for line in log.splitlines():
+                    if re.search(r"alg: .*fail|alg: .*(mismatch|unexpected|wrong)", line):
+                        suite.fail(f"crypto, {cpu}: {line}")
+                for driver, result in drivers.items():
+                    if result != "passed":
+                        suite.fail(f"crypto, {cpu}: {driver}: {result}")
+                print(
+                    f"{cpu:12} {len(drivers)} implementations passed their self-tests, {seconds:.0f} s",
+                    flush=True,
+                )
+                suite.results[cpu] = drivers
+
+
+# --- openssl
+
+
+def openssl(suite: Suite) -> None:
+    """Every digest, cipher, MAC, KDF and curve of openssl on fixed input: the same output as natively."""
+    data = random.Random(0).randbytes(100_003)
+    with Guest(suite.image, suite.cpus) as guest:
+        for place in (suite.native, guest):
+            place.write("/tmp/openssl.sh", (PROGRAMS / "openssl.sh").read_bytes())
+            place.write("/tmp/data", data)
+        native, done = (place.run(["sh", "/tmp/openssl.sh"]) for place in (suite.native, guest))
+    expected, found = native.output.splitlines(), done.output.splitlines()
+    differ = [(a, b) for a, b in zip_longest(expected, found) if a != b]
+    for ours, theirs in differ:
+        suite.fail(f"openssl: {ours!r} natively, {theirs!r} in the guest")
+    if native.status != 0 or done.status != 0:
+        suite.fail(
+            f"openssl: status {native.status} natively, {done.status} in the guest: {done.output[-2000:]}"
+        )
+    print(
+        f"{len(found)} results, {len(differ)} differ; {native.seconds:.1f} s native, {done.seconds:.1f} s guest"
+    )
+    suite.results = {"results": len(found), "native_s": native.seconds, "guest_s": done.seconds}
+
+
+# --- many vCPUs
+
+
+def stress(suite: Suite) -> None:
+    """stress-ng and hackbench, with 2 and with 8 vCPUs."""
+    stressors = ["cpu", "vm", "futex", "mmap", "mutex", "tlb-shootdown", "sigsegv"]
+    ng = [
+        "stress-ng",
+        "--verify",
+        "--timeout",
+        f"{suite.seconds:.0f}",
+        "--vm-bytes",
+        "256M",
+        "--metrics-brief",
+    ]
+    for name in stressors:
+        ng += [f"--{name}", "1"]
+    hackbench = """end=$(($(date +%s) + $0)); runs=0
+        while [ $(date +%s) -lt $end ]; do hackbench $1 -g 4 -l 100 >/dev/null || exit; runs=$((runs + 1)); done; echo $runs runs"""
+    for cpus in (2, 8):
+        commands = {
+            "stress-ng": ng,
+            "hackbench": ["sh", "-c", hackbench, f"{suite.seconds / 2:.0f}", "-P"],
+            "hackbench -T": ["sh", "-c", hackbench, f"{suite.seconds / 2:.0f}", "-T"],
+        }
+        with Guest(suite.image, cpus) as guest:
+            for name in suite.wanted(list(commands)):
+                say(f"{name}, {cpus} vCPUs   ", "\r")
+                done = guest.run(commands[name], suite.seconds * 10 + LIMIT_S)
+                if done.status != 0:
+                    suite.fail(f"{name}, {cpus} vCPUs: status {done.status}: {done.output[-3000:]}")
+                print(
+                    f"{cpus} vCPUs  {name}: {done.seconds:.0f} s, {done.output.strip().splitlines()[-1]}",
+                    flush=True,
+                )
+                suite.results[f"{name}, {cpus} vCPUs"] = {"seconds": done.seconds, "output": done.output}
+            check_log(suite, guest, f"stress, {cpus} vCPUs")
+
+
+def boots(suite: Suite) -> None:
+    """Boots in a row with 2, 4 and 8 vCPUs."""
+    times: dict[int, list[float]] = {2: [], 4: [], 8: []}
+    for number in range(suite.count):
+        cpus = (2, 4, 8)[number % 3]
+        say(f"boot {number + 1} of {suite.count}   ", "\r")
+        start = time.monotonic()
+        try:
+            with Machine(MachineConfig(engine="soft", cpus=cpus)) as machine:
+                output = machine.run(["nproc"], text=True, check=True, timeout_s=LIMIT_S).stdout
+                if output != f"{cpus}\n":
+                    raise RuntimeError(f"nproc says {output!r}")
+                machine.stop()
+        except Exception as error:
+            suite.fail(f"boot {number}, {cpus} vCPUs: {error}")
+        times[cpus].append(time.monotonic() - start)
+    for cpus, seconds in times.items():
+        print(
+            f"{cpus} vCPUs: {len(seconds)} boots, median {statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s"
+        )
+    suite.results = {str(cpus): seconds for cpus, seconds in times.items()}
+
+
+# --- latency
+
+
+def latency(suite: Suite) -> None:
+    """Distributions of timers' and IPIs' latency in the guest, and what an idle guest takes of a core. No failure but idleness."""
+    count = 10_000
+    timers = ["cyclictest", "-m", "-t1", "-p80", "-i1000", f"-l{count}", "-v"]
+    rows: dict[str, list[float]] = {}
+    with Guest(suite.image, 2) as guest:
+        guest.write("/tmp/ipi.lua", (PROGRAMS / "ipi.lua").read_bytes())
+        say("timer   ", "\r")
+        text = guest.machine.run(timers, text=True, check=True).stdout
+        rows["timer"] = [float(us) for us in re.findall(r"^ *0: *\d+: *(\d+)", text, re.MULTILINE)]
+        for mode, title in (("busy", "IPI and answer, running vCPU"), ("halted", "wake-up of a halted vCPU")):
+            say(f"{title}   ", "\r")
+            text = guest.machine.run(
+                ["luajit", "/tmp/ipi.lua", mode, str(count)], text=True, check=True
+            ).stdout
+            rows[title] = [float(ns) / 1e3 for ns in text.split()]
+        say("idle   ", "\r")
+        time.sleep(5)
+        before = cpu_s(guest.machine.pid)
+        time.sleep(30)
+        idle = (cpu_s(guest.machine.pid) - before) / 30
+    print(f"load of the host {os.getloadavg()[0]:.1f}")
+    for title, us in rows.items():
+        ordered = sorted(us)
+        p50, p99 = (ordered[int(len(ordered) * part)] for part in (0.5, 0.99))
+        print(f"{title:30} p50 {p50:8.1f}  p99 {p99:8.1f}  max {ordered[-1]:8.1f} µs   ({len(us)} of them)")
+        suite.results[title] = {"p50_us": p50, "p99_us": p99, "max_us": ordered[-1]}
+    print(f"an idle guest takes {idle:.2%} of a core")
+    suite.results["idle_share"] = idle
+    if idle >= 0.02:
+        suite.fail(f"an idle guest takes {idle:.2%} of a core")
+
+
+def cpu_s(pid: int | None) -> float:
+    """A process's CPU time."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+SUITES: dict[str, Callable[[Suite], None]] = {
+    "python": python,
+    "jit": jit,
+    "openssl": openssl,
+    "crypto": kernel_crypto,
+    "modules": modules,
+    "stress": stress,
+    "boots": boots,
+    "latency": latency,
+}
 
 
 def main() -> None:
@@ -338,6 +568,10 @@ def main() -> None:
     parser.add_argument("suite", nargs="*", help=f"of {', '.join(SUITES)} (default all)")
     parser.add_argument("--cpus", type=int, default=2, help="the guest's vCPUs (default 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these of a suite's parts")
+    parser.add_argument("--count", type=int, default=200, help="rounds or boots (default 200)")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="how long each kind of stress lasts (default 120)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the raw figures")
     args = parser.parse_args()
     if unknown := set(args.suite) - set(SUITES):
@@ -350,7 +584,7 @@ def main() -> None:
         native = Native(image.path, Path(directory))
         for name in args.suite or SUITES:
             print(f"== {name}", flush=True)
-            suite = Suite(native, image.path, args.cpus, args.only)
+            suite = Suite(native, image.path, args.cpus, args.only, args.count, args.seconds)
             SUITES[name](suite)
             results[name] = {"failures": suite.failures, **suite.results}
             failures += suite.failures
