@@ -209,8 +209,11 @@ pub struct Cpu {
     pub efer: u64,
     pub xcr0: u64,
     pub dr: [u64; 8],
-    /// Guest TSC = host TSC + this.
+    /// Guest TSC = host TSC * `tsc_ratio` / 2^48 + `tsc_offset`.
+    pub tsc_ratio: u64,
     pub tsc_offset: u64,
+    /// PAE's page-directory pointers, as they were when CR3 was loaded.
+    pub pdptrs: [u64; 4],
     pub msr: Msrs,
     /// The owner, for helpers called from translated code.
     pub vcpu: *mut Vcpu,
@@ -282,7 +285,8 @@ pub struct Msrs {
     pub mtrr_var: [u64; 16],
     pub spec_ctrl: u64,
     pub tsc_adjust: u64,
-    pub mcg_status: u64,
+    /// IA32_BIOS_SIGN_ID: the microcode's revision in the upper half.
+    pub microcode: u64,
     pub kvm_wall_clock: u64,
     pub kvm_system_time: u64,
     pub kvm_async_pf: u64,
@@ -379,7 +383,7 @@ pub enum Exit {
     Shutdown,
     IrqWindowOpen,
     Intr,
-    /// Not for user space: Python must look for signals (`request::SIGNALS`).
+    /// Not for user space: signals are due for a look (`request::SIGNALS`).
     Signals,
     /// Nothing runs before entries of the dirty ring are handed back.
     DirtyRingFull,
@@ -577,6 +581,13 @@ pub struct Vcpu {
     /// Non-global TLB entries since the last flush.
     pub log: Box<crate::mmu::FillLog>,
     pub fetch: Box<crate::mmu::FetchCache>,
+    pub mce: crate::mce::Mce,
+    /// A machine check that can't be delivered: the processor shuts down.
+    pub triple_fault: bool,
+    /// What KVM_SET_TSC_KHZ asked for; see `guest_tsc_khz`.
+    pub tsc_khz: u32,
+    /// KVM_KVMCLOCK_CTRL: tell the guest that it was stopped.
+    pub tell_stopped: bool,
     /// Translate nothing (tests, debugging).
     pub interpret_only: bool,
     /// The timer `timer::SIGNALS` runs.
@@ -605,6 +616,8 @@ impl Vcpu {
         let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic, ring)?);
         vm.vcpus.write().unwrap().push(shared.clone());
         let slots = vm.slots.read().unwrap().clone();
+        cpu.tsc_ratio = crate::sys::TSC_RATIO_ONE;
+        let tsc_khz = vm.tsc_khz;
         let mut this = Self {
             cpu,
             vm,
@@ -628,6 +641,10 @@ impl Vcpu {
             scratch,
             log: Box::default(),
             fetch: Box::default(),
+            mce: Default::default(),
+            triple_fault: false,
+            tsc_khz,
+            tell_stopped: false,
             interpret_only: false,
             signals_armed: false,
             spin: crate::spin::Spin::default(),
@@ -643,7 +660,8 @@ impl Vcpu {
         let c = &mut *self.cpu;
         (c.cr0, c.xcr0) = (cr0::CD | cr0::NW, 1);
         let (apic_base, tsc_adjust) = (c.msr.apic_base, c.msr.tsc_adjust);
-        c.msr = Msrs { apic_base, tsc_adjust, pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() };
+        let (pat, microcode) = (0x0007_0406_0007_0406, 1 << 32);
+        c.msr = Msrs { apic_base, tsc_adjust, pat, microcode, misc_enable: 1, ..Msrs::default() };
         if apic_base == 0 {
             c.msr.apic_base = crate::lapic::DEFAULT_BASE
                 | crate::lapic::BASE_ENABLE

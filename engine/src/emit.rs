@@ -295,6 +295,17 @@ impl Asm {
         self.buf.push((op as u8) << 3 | 3);
         self.modrm_disp(reg, base, disp);
     }
+    /// `mul qword [base + disp]`: RDX:RAX = RAX * memory.
+    pub fn mul_load(&mut self, base: u8, disp: i32) {
+        self.rex(true, 0, 0, base);
+        self.buf.push(0xf7);
+        self.modrm_disp(4, base, disp);
+    }
+    /// `shrd dst, src, count`
+    pub fn shrd(&mut self, dst: u8, src: u8, count: u8) {
+        self.rex(true, src, 0, dst);
+        self.bytes(&[0x0f, 0xac, 0xc0 | (src & 7) << 3 | dst & 7, count]);
+    }
     pub fn alu_reg(&mut self, op: Alu, dst: u8, src: u8) {
         self.rex(true, src, 0, dst);
         self.bytes(&[(op as u8) << 3 | 1, 0xc0 | (src & 7) << 3 | dst & 7]);

@@ -323,16 +323,16 @@ fn accept(s: &mut State, v: &VcpuShared, m: &Message) -> u32 {
 }
 
 /// A message-signalled interrupt: a write of `data` to `address`. With the redirection hint it is for one of those
-/// that it addresses.
+/// that it addresses. The destination has 8 bits: KVM looks at the address's upper half under KVM_CAP_X2APIC_API alone.
 pub fn message(address: u64, data: u32) -> Message {
     let (mode, hint) = ((data >> 8 & 7) as u8, address & 8 != 0);
     Message {
-        destination: (address >> 12 & 0xff) as u32 | (address >> 32) as u32 & 0xffff_ff00,
+        destination: (address >> 12 & 0xff) as u32,
         logical: address & 4 != 0,
         mode: if hint && mode == delivery::FIXED { delivery::LOWEST } else { mode },
         vector: data as u8,
         level: data & 1 << 15 != 0,
-        wide: (address >> 32) as u32 & 0xffff_ff00 != 0,
+        wide: false,
     }
 }
 
@@ -575,7 +575,7 @@ impl Vcpu {
             return;
         }
         let ticks = s.deadline_tsc.saturating_sub(sys::tsc(&self.cpu));
-        let ns = ticks as u128 * 1_000_000 / self.vm.tsc_khz.max(1) as u128;
+        let ns = ticks as u128 * 1_000_000 / sys::guest_tsc_khz(self).max(1) as u128;
         s.expires_ns = monotonic_ns().saturating_add(ns.min(1 << 62) as u64).max(1);
         self.vm.timers.arm(&self.vm, key, s.expires_ns);
     }

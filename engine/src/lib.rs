@@ -30,6 +30,7 @@ mod x86 {
     pub mod irq;
     pub mod jumps;
     pub mod lapic;
+    pub mod mce;
     pub mod mem;
     pub mod mmu;
     pub mod msr;

@@ -170,11 +170,11 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
             let shift = 12 + 9 * (level - 1);
             let index = la >> shift & if levels == 3 && level == 3 { 3 } else { 511 };
             let at = table + index * 8;
-            let entry = load(&vcpu.slots, at);
+            let pdpte = levels == 3 && level == 3;
+            let entry = if pdpte { cpu.pdptrs[index as usize] } else { load(&vcpu.slots, at) };
             if entry & P == 0 {
                 return Err(fault(la, intent, mode, cpu, false, false));
             }
-            let pdpte = levels == 3 && level == 3;
             let leaf = level == 1 || (entry & PS != 0 && level < 4 && !pdpte);
             let mut reserved = reserved_high | if nxe { 0 } else { NX };
             if level == 4 {
@@ -215,14 +215,16 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
     }
 }
 
-/// The four page-directory-pointer entries as PAE paging loads them with CR3: false if reserved bits are set in
-/// one that is present (then the load raises #GP).
-pub fn pdptes_valid(vcpu: &Vcpu, cr3: u64) -> bool {
+/// Load the four page-directory-pointer entries, as PAE paging does with CR3. False, and nothing is loaded, if reserved
+/// bits are set in one that is present (then the load raises #GP).
+pub fn load_pdptrs(vcpu: &mut Vcpu, cr3: u64) -> bool {
     let reserved = !((1u64 << PHYSICAL_BITS) - 1) | 0x1e6;
-    (0..4).all(|n| {
-        let entry = load(&vcpu.slots, (cr3 & 0xffff_ffe0) + n * 8);
-        entry & P == 0 || entry & reserved == 0
-    })
+    let entries = [0, 8, 16, 24].map(|at| load(&vcpu.slots, (cr3 & 0xffff_ffe0) + at));
+    let valid = entries.iter().all(|entry| entry & P == 0 || entry & reserved == 0);
+    if valid {
+        vcpu.cpu.pdptrs = entries;
+    }
+    valid
 }
 
 /// Two-level paging with 32-bit entries.

@@ -19,8 +19,8 @@ pub const LIST: &[u32] = &[
     0x174,
     0x175,
     0x176,
-    0x179,
     0x17a,
+    0x17b,
     0x1a0,
     0x200,
     0x201,
@@ -84,8 +84,8 @@ pub enum Refused {
 }
 use Refused::{Invalid, Unknown};
 
-/// Read an MSR; an error where the processor raises #GP.
-pub fn read(v: &mut Vcpu, index: u32) -> Result<u64, Refused> {
+/// Read an MSR; an error where the processor raises #GP. `host`: by KVM_GET_MSRS.
+pub fn read(v: &mut Vcpu, index: u32, host: bool) -> Result<u64, Refused> {
     let c: &Cpu = &v.cpu;
     let m = &c.msr;
     Ok(match index {
@@ -95,15 +95,15 @@ pub fn read(v: &mut Vcpu, index: u32) -> Result<u64, Refused> {
         0x3a => 1, // IA32_FEATURE_CONTROL: locked, nothing enabled
         0x3b => m.tsc_adjust,
         0x48 => m.spec_ctrl,
-        0x8b => 0x1_0000_0000, // microcode revision 1
-        0xce => 0,             // MSR_PLATFORM_INFO
-        0xfe => 0x508,         // 8 variable ranges, fixed ranges, write combining
+        0x8b => m.microcode,
+        0xce => 0,     // MSR_PLATFORM_INFO
+        0xfe => 0x508, // 8 variable ranges, fixed ranges, write combining
         0x10a => arch_capabilities(),
         0x174 => m.sysenter_cs,
         0x175 => m.sysenter_esp,
         0x176 => m.sysenter_eip,
-        0x179 => 0, // IA32_MCG_CAP: no banks
-        0x17a => m.mcg_status,
+        0 | 1 => 0, // the Pentium's machine check
+        0x179..=0x17b | 0x400..=0x47f => return v.mce.read(index, host),
         0x1a0 => m.misc_enable,
         0x200..=0x20f => m.mtrr_var[(index - 0x200) as usize],
         0x277 => m.pat,
@@ -144,7 +144,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Result<(), Ref
             if !host {
                 v.cpu.msr.tsc_adjust = v.cpu.msr.tsc_adjust.wrapping_add(delta);
             }
-            v.lapic_tsc_changed();
+            sys::tsc_changed(v);
         }
         0x1b => return v.write_apic_base(value, host).ok_or(Invalid),
         0x3b => {
@@ -153,17 +153,18 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Result<(), Ref
                 v.cpu.tsc_offset = v.cpu.tsc_offset.wrapping_add(delta);
             }
             v.cpu.msr.tsc_adjust = value;
-            v.lapic_tsc_changed();
+            sys::tsc_changed(v);
         }
         0x48 => {
             valid(value & !7 == 0)?;
             v.cpu.msr.spec_ctrl = value;
         }
         0x49 => valid(value & !1 == 0)?, // IA32_PRED_CMD
+        0x8b if host => v.cpu.msr.microcode = value,
         0x8b | 0x79 => {}
         0xda0 => valid(value == 0)?,
         // Read-only; user space may give back what it read.
-        0x17 | 0x3a | 0xce | 0xfe | 0x10a | 0x179 => valid(host)?,
+        0x17 | 0x3a | 0xce | 0xfe | 0x10a => valid(host)?,
         0x174 => v.cpu.msr.sysenter_cs = value & 0xffff_ffff,
         0x175 => {
             canonical?;
@@ -173,7 +174,7 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Result<(), Ref
             canonical?;
             v.cpu.msr.sysenter_eip = value;
         }
-        0x17a => v.cpu.msr.mcg_status = value,
+        0x179..=0x17b | 0x400..=0x47f => return v.mce.write(index, value, host),
         0x1a0 => v.cpu.msr.misc_enable = value,
         0x200..=0x20f => v.cpu.msr.mtrr_var[(index - 0x200) as usize] = value,
         0x277 => {

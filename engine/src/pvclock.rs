@@ -1,14 +1,16 @@
 //! The paravirtual clock, kvmclock (Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW).
 //!
-//! The guest computes time from its TSC with a scale that the hypervisor publishes in guest memory. Guest and
-//! host TSC tick alike here, so one scale serves for ever: the page is written when the guest asks for it,
-//! and again only if the clock is set.
+//! The guest computes time from its TSC with a scale that the hypervisor publishes in guest memory. Here the TSC ticks
+//! evenly, so one scale serves for ever: the page is written when the guest asks for it, and again only if the clock
+//! or the TSC is set.
 
 use crate::access;
 use crate::cpu::Vcpu;
 use crate::sys;
 
 const TSC_STABLE: u8 = 1;
+/// The guest was stopped by its host: it clears this itself, and doesn't take the gap for a hang of its own.
+const GUEST_STOPPED: u8 = 2;
 
 /// TSC ticks to nanoseconds: (multiplier of 2^-32, shift applied before).
 pub fn scale(tsc_khz: u32) -> (u32, i8) {
@@ -49,23 +51,24 @@ pub fn update(v: &mut Vcpu) {
         return;
     }
     let gpa = msr & !1;
-    let (multiplier, shift) = scale(v.vm.tsc_khz);
+    let (multiplier, shift) = scale(sys::guest_tsc_khz(v));
     let (ns, tsc) = (vm_clock_ns(v), sys::tsc(&v.cpu));
-    let mut version = [0; 4];
-    if (gpa & 0xfff) + 32 > 4096 || access::read_physical(v, gpa, &mut version).is_err() {
+    let mut old = [0; 32];
+    if (gpa & 0xfff) + 32 > 4096 || v.slots.find(gpa).is_none() || access::read_physical(v, gpa, &mut old).is_err() {
         return;
     }
-    let version = (u32::from_le_bytes(version) | 1).wrapping_add(1);
+    let version = (u32::from_le_bytes(old[..4].try_into().unwrap()) | 1).wrapping_add(1);
+    let stopped = if std::mem::take(&mut v.tell_stopped) { GUEST_STOPPED } else { old[29] & GUEST_STOPPED };
     let mut info = [0u8; 32];
     info[0..4].copy_from_slice(&version.wrapping_sub(1).to_le_bytes());
     info[8..16].copy_from_slice(&tsc.to_le_bytes());
     info[16..24].copy_from_slice(&ns.to_le_bytes());
     info[24..28].copy_from_slice(&multiplier.to_le_bytes());
     info[28] = shift as u8;
-    info[29] = TSC_STABLE;
+    info[29] = TSC_STABLE | stopped;
     // An odd version tells readers to wait.
     for part in [&info[..], &version.to_le_bytes()[..]] {
-        if v.slots.find(gpa).is_some() && access::write_physical(v, gpa, part).is_err() {
+        if access::write_physical(v, gpa, part).is_err() {
             return;
         }
     }

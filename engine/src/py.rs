@@ -4,16 +4,18 @@ use crate::cpu::{CpuidEntry, Exit, Source, Vcpu as CpuState, mp_state};
 use crate::eventfd::{EventFd, IoEvent};
 use crate::irq::Route;
 use crate::lapic::{self, Message};
+use crate::mce;
 use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
+use crate::signal::Held;
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{debug, dirty, msr, run, state, stats, timer, xstate};
+use crate::{debug, dirty, msr, run, state, stats, sys, timer, xstate};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::mem::ManuallyDrop;
 use std::os::fd::IntoRawFd;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
 fn os_error(errno: i32) -> PyErr {
@@ -173,7 +175,7 @@ impl Vm {
         let cpu = CpuState::new(vm, id).map_err(io_error)?;
         let shared = cpu.shared.clone();
         let cpu = ManuallyDrop::new(Mutex::new(Box::new(cpu)));
-        Ok(Vcpu { cpu, shared, run: kvm_run_address, pid: self.pid })
+        Ok(Vcpu { cpu, shared, run: kvm_run_address, pid: self.pid, signal_mask: Mutex::default() })
     }
 
     /// vCPUs created from now on have local APICs.
@@ -343,15 +345,18 @@ struct Vcpu {
     shared: Arc<VcpuShared>,
     run: u64,
     pid: u32,
+    /// Of KVM_SET_SIGNAL_MASK: bit 0 is signal 1.
+    signal_mask: Mutex<Option<u64>>,
 }
 
 impl Vcpu {
     /// None: Python must look for signals.
-    fn run_detached(&self, main: bool) -> PyResult<Option<(u32, Option<String>)>> {
+    fn run_detached(&self, main: bool, held: Option<&Held>) -> PyResult<Option<(u32, Option<String>)>> {
+        let interrupted = || held.is_some_and(Held::interrupted);
         let mut guard = self.cpu.lock().unwrap();
         let v: &mut CpuState = &mut guard;
         self.complete(v);
-        if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 {
+        if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 || interrupted() {
             run::complete(v);
             self.write(kvm_run::EXIT_REASON, &reason::INTR.to_le_bytes());
             return Ok(Some((reason::INTR, None)));
@@ -363,15 +368,19 @@ impl Vcpu {
         if v.window_requested {
             v.cpu.poll[1] = 1;
         }
-        if main && !v.signals_armed {
+        if (main || held.is_some()) && !v.signals_armed {
             v.signals_armed = true;
             let (key, period) = (timer::SIGNALS | self.shared.id as u64, timer::SIGNALS_PERIOD_NS);
             v.vm.timers.arm_periodic(&v.vm, key, crate::pvclock::monotonic_ns() + period, period);
         }
-        let exit = run::run(v);
-        if exit == Exit::Signals {
-            return Ok(None);
-        }
+        let exit = loop {
+            match run::run(v) {
+                Exit::Signals if main => return Ok(None),
+                Exit::Signals if interrupted() => break Exit::Intr,
+                Exit::Signals => {}
+                exit => break exit,
+            }
+        };
         let reason = self.publish(v, &exit);
         let message = if let Exit::InternalError(m) = exit { Some(m) } else { None };
         Ok(Some((reason, message)))
@@ -482,7 +491,8 @@ impl Vcpu {
             }
         };
         self.write(kvm_run::EXIT_REASON, &reason.to_le_bytes());
-        let ready = v.cpu.iflag != 0 && v.cpu.shadow == 0 && v.user_irq.is_none();
+        let lint0 = v.shared.lapic.as_ref().is_none_or(|l| l.state.lock().unwrap().accepts_extint());
+        let ready = v.cpu.iflag != 0 && v.cpu.shadow == 0 && v.user_irq.is_none() && lint0;
         self.write(kvm_run::READY_FOR_INJECTION, &[ready as u8]);
         self.write(kvm_run::IF_FLAG, &[v.cpu.iflag]);
         self.write(kvm_run::CR8, &v.cr8().to_le_bytes());
@@ -496,15 +506,39 @@ impl Vcpu {
     /// KVM_RUN: returns (exit reason, message of an internal error). `main`: this is Python's main thread.
     fn run(&self, py: Python<'_>, main: bool) -> PyResult<(u32, Option<String>)> {
         check_pid(self.pid)?;
+        let mask = *self.signal_mask.lock().unwrap();
+        // With a mask, handlers wait until KVM_RUN has returned.
+        let main = main && mask.is_none();
         loop {
-            self.shared.on_main_thread.store(main, Ordering::Relaxed);
-            let result = py.detach(|| self.run_detached(main));
-            self.shared.on_main_thread.store(false, Ordering::Relaxed);
+            self.shared.looks_for_signals.store(main || mask.is_some(), Ordering::Relaxed);
+            let result = py.detach(|| {
+                let held = mask.map(Held::new);
+                self.run_detached(main, held.as_ref())
+            });
+            self.shared.looks_for_signals.store(false, Ordering::Relaxed);
             match result? {
                 Some(exit) => return Ok(exit),
                 None => py.check_signals()?,
             }
         }
+    }
+
+    /// KVM_SET_SIGNAL_MASK: what is blocked from the next `run` on; bit 0 is signal 1.
+    fn set_signal_mask(&self, blocked: Option<u64>) -> PyResult<()> {
+        check_pid(self.pid)?;
+        *self.signal_mask.lock().unwrap() = blocked;
+        Ok(())
+    }
+
+    /// KVM_X86_SETUP_MCE; EINVAL for what isn't offered.
+    fn setup_mce(&self, py: Python<'_>, cap: u64) -> PyResult<()> {
+        if self.with(py, |v| v.mce.setup(cap))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+
+    /// KVM_X86_SET_MCE; EINVAL for a bank or an error that there isn't.
+    fn set_mce(&self, py: Python<'_>, status: u64, addr: u64, misc: u64, mcg_status: u64, bank: u8) -> PyResult<()> {
+        let error = mce::Error { status, addr, misc, mcg_status, bank };
+        if self.with(py, |v| mce::set(v, &error))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
     }
 
     /// Make `run` return with KVM_EXIT_INTR, now or at its next call.
@@ -563,7 +597,7 @@ impl Vcpu {
         self.with(py, |v| v.cpu.xcr0 = value)
     }
     fn get_msr(&self, py: Python<'_>, index: u32) -> PyResult<Option<u64>> {
-        self.with(py, |v| msr::read(v, index).ok())
+        self.with(py, |v| msr::read(v, index, true).ok())
     }
     fn set_msr(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<bool> {
         self.with(py, |v| msr::write(v, index, value, true).is_ok())
@@ -634,6 +668,40 @@ impl Vcpu {
         let b = array(b)?;
         if self.with(py, |v| state::set_debugregs(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
     }
+    fn get_pdptrs(&self, py: Python<'_>) -> PyResult<[u64; 4]> {
+        self.with(py, |v| v.cpu.pdptrs)
+    }
+    fn set_pdptrs(&self, py: Python<'_>, pdptrs: [u64; 4]) -> PyResult<()> {
+        self.with(py, |v| {
+            v.cpu.pdptrs = pdptrs;
+            mmu::flush_all(v);
+        })
+    }
+    /// KVM_SET_TSC_KHZ; EINVAL for what can't be had.
+    fn set_tsc_khz(&self, py: Python<'_>, khz: u32) -> PyResult<()> {
+        if self.with(py, |v| sys::set_tsc_khz(v, khz))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
+    fn get_tsc_khz(&self, py: Python<'_>) -> PyResult<u32> {
+        self.with(py, |v| v.tsc_khz)
+    }
+    fn get_tsc_offset(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |v| v.cpu.tsc_offset)
+    }
+    fn set_tsc_offset(&self, py: Python<'_>, offset: u64) -> PyResult<()> {
+        self.with(py, |v| {
+            v.cpu.tsc_offset = offset;
+            sys::tsc_changed(v);
+        })
+    }
+    /// KVM_KVMCLOCK_CTRL; EINVAL without a clock page.
+    fn kvmclock_ctrl(&self, py: Python<'_>) -> PyResult<()> {
+        let has_clock = self.with(py, |v| {
+            v.tell_stopped = v.cpu.msr.kvm_system_time & 1 != 0;
+            crate::pvclock::update(v);
+            v.cpu.msr.kvm_system_time & 1 != 0
+        })?;
+        if has_clock { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+    }
     /// KVM_SET_GUEST_DEBUG; EBUSY if it injects while an exception waits.
     fn set_guest_debug(&self, py: Python<'_>, control: u32, registers: [u64; 8]) -> PyResult<()> {
         let done = self.with(py, |v| debug::set_guest_debug(v, control, &registers))?;
@@ -701,6 +769,12 @@ fn monotonic_raw_ns() -> u64 {
     crate::pvclock::monotonic_ns()
 }
 
+/// KVM_X86_GET_MCE_CAP_SUPPORTED.
+#[pyfunction]
+fn supported_mce_cap() -> u64 {
+    mce::SUPPORTED
+}
+
 #[pyfunction]
 fn msr_list() -> Vec<u32> {
     msr::LIST.to_vec()
@@ -709,7 +783,7 @@ fn msr_list() -> Vec<u32> {
 #[pymodule]
 mod _engine {
     #[pymodule_export]
-    use super::{Vcpu, Vm, host_cpuid, host_tsc_khz, monotonic_raw_ns, msr_list, supported_xcr0};
+    use super::{Vcpu, Vm, host_cpuid, host_tsc_khz, monotonic_raw_ns, msr_list, supported_mce_cap, supported_xcr0};
     #[pymodule_export]
     use crate::ordered::{full_fence, load_u16, load_u32, load_u64, store_u16, store_u32, store_u64};
 }

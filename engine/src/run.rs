@@ -122,7 +122,7 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
         poll_word(&v.cpu).store(1, Ordering::SeqCst);
         return Some(Exit::Intr);
     }
-    if requests & request::SIGNALS != 0 && v.shared.on_main_thread.load(Ordering::Relaxed) {
+    if requests & request::SIGNALS != 0 && v.shared.looks_for_signals.load(Ordering::Relaxed) {
         v.shared.requests.fetch_or(requests & !(request::SIGNALS | request::SAFEPOINT), Ordering::SeqCst);
         poll_word(&v.cpu).store(1, Ordering::SeqCst);
         return Some(Exit::Signals);
@@ -178,6 +178,9 @@ fn inject(v: &mut Vcpu) -> Option<Exit> {
             _ => None,
         }
     };
+    if std::mem::take(&mut v.triple_fault) {
+        return Some(Exit::Shutdown);
+    }
     if let Some(e) = v.injected.take()
         && let Err(Stop::Exit(exit)) = exception::deliver(v, e)
     {
@@ -192,21 +195,23 @@ fn inject(v: &mut Vcpu) -> Option<Exit> {
         (v.nmi_pending, v.nmi_masked) = (false, true);
         return delivered(v, 2);
     }
-    let (pending, extint) = match &v.shared.lapic {
+    // Through LINT0 come the PIC's interrupts, and user space's.
+    let (pending, lint0, extint) = match &v.shared.lapic {
         Some(lapic) => {
             let s = lapic.state.lock().unwrap();
-            (s.pending(), s.extint && s.accepts_extint())
+            (s.pending(), s.accepts_extint(), s.extint)
         }
-        None => (None, false),
+        None => (None, true, false),
     };
-    let waits = v.user_irq.is_some() || pending.is_some() || extint || v.window_requested;
+    let extint = extint && lint0;
+    let waits = pending.is_some() || lint0 && (v.user_irq.is_some() || extint || v.window_requested);
     if v.cpu.iflag == 0 || !waits {
         v.cpu.irq_waiting = waits as u8;
         return None;
     }
     // Others may follow as soon as the handler sets IF again.
     v.cpu.irq_waiting = 1;
-    if let Some(vector) = v.user_irq.take() {
+    if lint0 && let Some(vector) = v.user_irq.take() {
         return delivered(v, vector);
     }
     if extint {

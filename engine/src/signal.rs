@@ -94,6 +94,45 @@ pub fn install() {
     });
 }
 
+/// While it lives, signals to this thread wait: KVM_SET_SIGNAL_MASK. Those that instructions raise do not.
+pub struct Held {
+    before: libc::sigset_t,
+    /// The mask: bit 0 is signal 1.
+    blocked: u64,
+}
+
+impl Held {
+    pub fn new(blocked: u64) -> Self {
+        let (mut all, mut before) = (MaybeUninit::<libc::sigset_t>::uninit(), MaybeUninit::<libc::sigset_t>::uninit());
+        // SAFETY: initialises both sets; changes this thread's mask alone.
+        unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            for signal in SIGNALS {
+                libc::sigdelset(all.as_mut_ptr(), signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), before.as_mut_ptr());
+            Self { before: before.assume_init(), blocked }
+        }
+    }
+
+    /// Whether a signal waits that the mask lets through.
+    pub fn interrupted(&self) -> bool {
+        let mut pending = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: initialises the set, and reads it.
+        unsafe {
+            libc::sigpending(pending.as_mut_ptr());
+            (1..=64).any(|n| self.blocked >> (n - 1) & 1 == 0 && libc::sigismember(pending.as_ptr(), n) == 1)
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: the mask that this thread had.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, null_mut()) };
+    }
+}
+
 /// Run `f`, which enters translated code of `cpu`.
 pub fn inside(cpu: *mut Cpu, f: impl FnOnce()) {
     let outer = INSIDE.replace(cpu);

@@ -129,6 +129,9 @@ pub fn set_sregs(v: &mut Vcpu, b: &[u8; SREGS_BYTES]) -> bool {
     c.cpl = if c0 & cr0::PE == 0 { 0 } else { c.segs[SS].dpl() };
     v.set_cr8(c8 & 15);
     v.user_irq = (0..=255u8).find(|n| b[280 + *n as usize / 8] >> (n & 7) & 1 != 0);
+    if c0 & cr0::PG != 0 && c4 & cr4::PAE != 0 && !long {
+        mmu::load_pdptrs(v, c3);
+    }
     mmu::flush_all(v);
     v.io = Default::default();
     v.cpu.poll[1] = 1;

@@ -100,7 +100,7 @@ fn write_cr0(v: &mut Vcpu, value: u64) -> Res<()> {
         && value & cr0::PG != 0
         && v.cpu.efer & efer::LME == 0
         && v.cpu.cr4 & cr4::PAE != 0
-        && !mmu::pdptes_valid(v, v.cpu.cr3)
+        && !mmu::load_pdptrs(v, v.cpu.cr3)
     {
         return gp;
     }
@@ -147,7 +147,7 @@ fn write_cr3(v: &mut Vcpu, mut value: u64) -> Res<()> {
     if v.cpu.efer & efer::LMA != 0 && value >> PHYSICAL_BITS != 0 {
         return Err(Exception::gp(0).into());
     }
-    if legacy_paging(&v.cpu) && v.cpu.cr4 & cr4::PAE != 0 && !mmu::pdptes_valid(v, value) {
+    if legacy_paging(&v.cpu) && v.cpu.cr4 & cr4::PAE != 0 && !mmu::load_pdptrs(v, value) {
         return Err(Exception::gp(0).into());
     }
     v.cpu.cr3 = value;
@@ -186,7 +186,7 @@ fn write_cr4(v: &mut Vcpu, value: u64) -> Res<()> {
     if legacy_paging(&v.cpu)
         && value & cr4::PAE != 0
         && changed & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0
-        && !mmu::pdptes_valid(v, v.cpu.cr3)
+        && !mmu::load_pdptrs(v, v.cpu.cr3)
     {
         return Err(Exception::gp(0).into());
     }
@@ -318,9 +318,39 @@ pub fn set_edx_eax(cpu: &mut Cpu, value: u64) {
     cpu.gpr[RDX] = value >> 32;
 }
 
+/// Binary digits behind the point of `Cpu::tsc_ratio`.
+pub const TSC_RATIO_BITS: u8 = 48;
+pub const TSC_RATIO_ONE: u64 = 1 << TSC_RATIO_BITS;
+
 /// The guest's time-stamp counter.
 pub fn tsc(cpu: &Cpu) -> u64 {
-    host_tsc().wrapping_add(cpu.tsc_offset)
+    let scaled = (host_tsc() as u128 * cpu.tsc_ratio as u128) >> TSC_RATIO_BITS;
+    (scaled as u64).wrapping_add(cpu.tsc_offset)
+}
+
+/// KVM_SET_TSC_KHZ, not 0. As KVM does, a frequency within 250 millionths of the host's is left to be the host's, so that
+/// a guest that moves between hosts keeps its word for it. False if it can't be had.
+pub fn set_tsc_khz(v: &mut Vcpu, khz: u32) -> bool {
+    const TOLERANCE_PPM: u64 = 250;
+    let host = v.vm.tsc_khz as u64;
+    let near = (khz as u64).abs_diff(host) * 1_000_000 <= host * TOLERANCE_PPM;
+    let ratio = if near { TSC_RATIO_ONE as u128 } else { ((khz as u128) << TSC_RATIO_BITS) / host as u128 };
+    let Ok(ratio @ 1..) = u64::try_from(ratio) else { return false };
+    v.cpu.tsc_ratio = ratio;
+    v.tsc_khz = khz;
+    tsc_changed(v);
+    true
+}
+
+/// The frequency that the guest's TSC really has.
+pub fn guest_tsc_khz(v: &Vcpu) -> u32 {
+    if v.cpu.tsc_ratio == TSC_RATIO_ONE { v.vm.tsc_khz } else { v.tsc_khz }
+}
+
+/// The guest's TSC was set, or its frequency: what is computed from it follows.
+pub fn tsc_changed(v: &mut Vcpu) {
+    v.lapic_tsc_changed();
+    crate::pvclock::update(v);
 }
 
 pub fn host_tsc() -> u64 {
@@ -351,7 +381,7 @@ fn access_msr(v: &mut Vcpu, write: Option<u64>) -> Res<u64> {
     let result = match write {
         _ if !v.vm.msr_policy.allows(index, write.is_some()) => Err(Refused::Filtered),
         Some(value) => msr::write(v, index, value, false).map(|()| 0),
-        None => msr::read(v, index),
+        None => msr::read(v, index, false),
     };
     result.map_err(|why| {
         let reason = why as u32;

@@ -117,7 +117,7 @@ pub fn switch(v: &mut Vcpu, sel: u16, cause: Cause, next: u64, error: Option<u32
     let mut problem = None;
     if new.size == 4 && v.cpu.paging() {
         let cr3 = word(28);
-        if v.cpu.cr4 & cr4::PAE != 0 && !mmu::pdptes_valid(v, cr3) {
+        if v.cpu.cr4 & cr4::PAE != 0 && !mmu::load_pdptrs(v, cr3) {
             problem = Some(Exception::gp(0));
         } else {
             v.cpu.cr3 = cr3;

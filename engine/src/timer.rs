@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// Keys below are vCPU ids (`lapic::timer_key`); these are others.
 pub const PIT: u64 = 1 << 32;
-/// Or-ed to a vCPU id: Python's signals are due for a look.
+/// Or-ed to a vCPU id: signals are due for a look.
 pub const SIGNALS: u64 = 1 << 33;
 pub const SIGNALS_PERIOD_NS: u64 = 50_000_000;
 /// A guest must not keep the host busy with a timer: periodic ones have at least this period (KVM's

@@ -935,6 +935,9 @@ impl Translator {
         self.asm.bytes(&[0x0f, 0x31]);
         self.asm.shl(true, 2, 32);
         self.asm.alu_reg(Alu::Or, 0, 2);
+        // As `sys::tsc`; a multiplication by one costs less than to ask whether there is one.
+        self.asm.mul_load(CPU, offset_of!(Cpu, tsc_ratio) as i32);
+        self.asm.shrd(0, 2, crate::sys::TSC_RATIO_BITS);
         self.asm.alu_load(Alu::Add, 0, CPU, offset_of!(Cpu, tsc_offset) as i32);
         self.asm.mov(2, 0);
         self.asm.shr(2, 32);

@@ -27,8 +27,8 @@ pub struct VcpuShared {
     /// Pending requests, `request::*`.
     pub requests: AtomicU32,
     running: AtomicBool,
-    /// Python's main thread is in KVM_RUN.
-    pub on_main_thread: AtomicBool,
+    /// Who is in KVM_RUN looks for signals now and then: Python's main thread, and any with a signal mask.
+    pub looks_for_signals: AtomicBool,
     /// Local APIC, if the VM has an in-kernel irqchip.
     pub lapic: Option<Lapic>,
     /// If the VM logs by dirty rings.
@@ -53,7 +53,8 @@ pub mod request {
     pub const SAFEPOINT: u32 = 32;
     /// Rewrite the paravirtual clock page.
     pub const CLOCK: u32 = 64;
-    /// Let Python look for signals: its handlers run on the main thread alone, and only while it holds the GIL.
+    /// Let Python look for signals, since its handlers run on the main thread alone, and only while it holds the GIL;
+    /// or see whether one is pending that KVM_SET_SIGNAL_MASK lets through.
     pub const SIGNALS: u32 = 128;
     /// Leave KVM_RUN while the dirty ring has too little room.
     pub const RING_FULL: u32 = 256;
@@ -67,7 +68,7 @@ impl VcpuShared {
             cpu: AtomicPtr::new(cpu),
             requests: AtomicU32::new(0),
             running: AtomicBool::new(false),
-            on_main_thread: AtomicBool::new(false),
+            looks_for_signals: AtomicBool::new(false),
             lapic,
             ring: ring.map(Mutex::new),
             stats,
@@ -287,7 +288,7 @@ impl Vm {
         let vcpus = self.vcpus.read().unwrap();
         let v = vcpus.iter().find(|v| v.id == key as u32)?;
         if key & timer::SIGNALS != 0 {
-            if v.on_main_thread.load(Ordering::Relaxed) {
+            if v.looks_for_signals.load(Ordering::Relaxed) {
                 v.request(request::SIGNALS);
             }
             return None;

@@ -993,7 +993,7 @@ fn msrs() {
         let expected = if allowed { Ok(()) } else { raised(13, 0) };
         assert_eq!(step(&mut m, &[0x0f, 0x30]), expected, "WRMSR {index:#x} {value:#x}");
         if allowed {
-            assert_eq!(msr::read(&mut m.v, index), Ok(value));
+            assert_eq!(msr::read(&mut m.v, index, false), Ok(value));
         }
         m.user();
         assert_eq!(step(&mut m, &[0x0f, 0x30]), raised(13, 0), "user mode");

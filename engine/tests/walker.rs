@@ -236,13 +236,15 @@ fn pae_paging() {
     m.v.cpu.cr4 = cr4::PAE;
     m.v.cpu.efer = efer::NXE;
     m.v.cpu.cr3 = pointers;
-    // Pointer entries have no W and U.
+    // Pointer entries have no W and U. They are those of when CR3 was loaded.
     m.write64(pointers + 3 * 8, directory | P);
+    assert!(mmu::load_pdptrs(&mut m.v, pointers));
+    m.write64(pointers + 3 * 8, 0);
     m.write64(directory + 8 * 5, table | P | W | U);
     m.write64(table + 8 * 7, 0x1_2345_6000 | P | W | U | NX);
     let la = 3 << 30 | 5 << 21 | 7 << 12 | 0x89;
     assert_eq!(walk(&m.v, la, Write, USER), Ok(Page { gpa: 0x1_2345_6000, writable: true, global: false }));
-    assert_eq!(m.read64(pointers + 3 * 8), directory | P, "no accessed bit there");
+    assert_eq!(m.read64(pointers + 3 * 8), 0, "no accessed bit there");
     assert_eq!(walk(&m.v, la, Execute, USER), Err(fault(0x15, la)));
     m.write64(table + 8 * 7, 0x5000 | P | 1 << 52);
     assert_eq!(walk(&m.v, la, Read, KERNEL), Err(fault(9, la)), "bits 52 to 62 are reserved");
@@ -250,12 +252,12 @@ fn pae_paging() {
     let la = 3 << 30 | 6 << 21 | 0x12_3456;
     assert_eq!(walk(&m.v, la, Read, KERNEL), Ok(Page { gpa: 0x32_3000, writable: false, global: false }));
     // What loading CR3 makes of them.
-    assert!(mmu::pdptes_valid(&m.v, pointers));
+    assert!(mmu::load_pdptrs(&mut m.v, pointers));
     m.write64(pointers, directory | P | W);
-    assert!(!mmu::pdptes_valid(&m.v, pointers));
+    assert!(!mmu::load_pdptrs(&mut m.v, pointers));
     m.write64(pointers, directory | W);
-    assert!(mmu::pdptes_valid(&m.v, pointers), "not present");
-    assert!(!mmu::pdptes_valid(&m.v, 0x4000_0000), "not in memory");
+    assert!(mmu::load_pdptrs(&mut m.v, pointers), "not present");
+    assert!(!mmu::load_pdptrs(&mut m.v, 0x4000_0000), "not in memory");
 }
 
 #[test]

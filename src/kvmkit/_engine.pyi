@@ -116,6 +116,15 @@ class Vcpu:
         raise ends the run.
         """
 
+    def set_signal_mask(self, blocked: int | None) -> None:
+        """Signals that wait while `run` runs (bit 0 is signal 1); others end it as pending, within 50 ms. None: no mask."""
+
+    def setup_mce(self, cap: int) -> None:
+        """Banks and features of machine check. EINVAL: not offered."""
+
+    def set_mce(self, status: int, addr: int, misc: int, mcg_status: int, bank: int) -> None:
+        """Record a machine check, and raise it. EINVAL: no such bank, or no error."""
+
     def kick(self) -> None:
         """Make `run`, now or next, return KVM_EXIT_INTR. Any thread."""
 
@@ -160,6 +169,27 @@ class Vcpu:
 
     def set_msr(self, index: int, value: int) -> bool:
         """Set an MSR; False if it or the value is not allowed."""
+
+    def get_pdptrs(self) -> tuple[int, int, int, int]:
+        """PAE's page-directory pointers, as loaded with CR3."""
+
+    def set_pdptrs(self, pdptrs: tuple[int, int, int, int]) -> None:
+        """Set them."""
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Frequency of the guest's TSC, not 0. EINVAL: no ratio to the host's for it."""
+
+    def get_tsc_khz(self) -> int:
+        """What `set_tsc_khz` said, or the host's."""
+
+    def get_tsc_offset(self) -> int:
+        """The guest's TSC is the host's, scaled, plus this, modulo 2**64."""
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set it."""
+
+    def kvmclock_ctrl(self) -> None:
+        """Tell the guest by its clock page that it was stopped. EINVAL: it has none."""
 
     def set_cpuid(self, entries: list[_Cpuid]) -> None:
         """What CPUID answers."""
@@ -220,6 +250,9 @@ def host_tsc_khz() -> int:
 
 def monotonic_raw_ns() -> int:
     """CLOCK_MONOTONIC_RAW: the time base of all timers."""
+
+def supported_mce_cap() -> int:
+    """KVM_X86_GET_MCE_CAP_SUPPORTED."""
 
 def msr_list() -> list[int]:
     """KVM_GET_MSR_INDEX_LIST."""

@@ -15,7 +15,7 @@ from kvmkit.kvm.soft.x86.pvclock import (
 )
 from kvmkit.testing.guest import DATA, Guest
 from kvmkit.uapi import common as c
-from kvmkit.uapi.capabilities import KVM_CAP_ADJUST_CLOCK
+from kvmkit.uapi.capabilities import KVM_CAP_ADJUST_CLOCK, KVM_CAP_TSC_CONTROL
 
 IA32_TSC = 0x10
 
@@ -27,8 +27,9 @@ CODE = f"""
     mov ecx, {MSR_KVM_SYSTEM_TIME_NEW}
     mov eax, {DATA + 1}
     wrmsr
+idle:
     hlt
-    hlt
+    jmp idle
 """
 
 
@@ -70,6 +71,24 @@ def test_set_clock_reaches_the_guest(kvm: Kvm) -> None:
         second = time_info(guest)
         assert second.version != first.version and not second.version & 1
         assert 10**15 <= second.at(tsc(guest)) < 10**15 + 60 * 10**9
+
+
+@pytest.mark.parametrize("divisor", [3, 0.4])
+def test_clock_of_a_scaled_tsc(kvm: Kvm, divisor: float) -> None:
+    if not kvm.check_extension(KVM_CAP_TSC_CONTROL):
+        pytest.skip(f"{kvm.engine}: no KVM_CAP_TSC_CONTROL")
+    with Guest(kvm, CODE) as guest:
+        guest.vcpu.set_tsc_khz(int(guest.vcpu.get_tsc_khz() / divisor))
+        for _ in range(2):
+            assert guest.run() == Hlt()
+            # The page follows the TSC when that is set.
+            guest.vcpu.set_msrs({IA32_TSC: 1 << 40})
+            assert guest.run() == Hlt()
+            before = guest.vm.get_clock().clock
+            now = time_info(guest).at(tsc(guest))
+            after = guest.vm.get_clock().clock
+            assert before - 10**6 < now < after + 10**6
+            guest.vcpu.set_tsc_khz(0)
 
 
 def test_clock_comes_with_the_time_of_day(kvm: Kvm) -> None:

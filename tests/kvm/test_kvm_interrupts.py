@@ -249,6 +249,49 @@ def test_msi(kvm: Kvm) -> None:
             assert port(guest) == DELIVERED
 
 
+LOGICAL, HINT = 4, 8
+
+
+@pytest.mark.parametrize("x2apic", [False, True])
+@pytest.mark.parametrize(
+    ("address", "data", "taken"),
+    [
+        (0, VECTOR, 1),
+        (1 << 12, VECTOR, 1),
+        (5 << 12, VECTOR, 0),  # nobody
+        (0xFF << 12, VECTOR, 2),  # all
+        (1 << 12 | LOGICAL, VECTOR, 1),
+        (0x80 << 12 | LOGICAL, VECTOR, 0),
+        (0xFF << 12 | LOGICAL, VECTOR, 2),
+        (1 << 12 | HINT, VECTOR, 1),
+        (3 << 12 | HINT | LOGICAL, VECTOR, 1),  # one of the two
+        (5 << 12, 0x100 | VECTOR, 0),  # lowest priority
+        (0, 0x200 | VECTOR, 0),  # SMI
+        (0, 0x400, 1),  # NMI
+        (0, 0x500, 1),  # INIT
+        (0, 0x700, 0),  # ExtINT
+        (1 << 40 | 1 << 12, VECTOR, 1),  # the upper half is for KVM_CAP_X2APIC_API
+    ],
+)
+def test_msi_says_how_many_took_it(kvm: Kvm, address: int, data: int, taken: int, x2apic: bool) -> None:
+    with Guest(kvm, "hlt", irqchip=True, vcpus=2) as guest:
+        fixed = not data & 0x400
+        assert guest.vm.signal_msi(LAPIC | address, data) == (
+            0 if fixed else taken
+        )  # APICs are off after reset
+        for vcpu in guest.vcpus:
+            if x2apic:
+                sregs = vcpu.get_sregs()
+                sregs.apic_base |= 1 << 10
+                vcpu.set_sregs(sregs)
+            lapic = vcpu.get_lapic()
+            lapic.regs[0xF1] = 1  # SVR: enabled
+            if not x2apic:
+                lapic.regs[0xD3] = 1 << vcpu.id  # LDR
+            vcpu.set_lapic(lapic)
+        assert guest.vm.signal_msi(LAPIC | address, data) == taken
+
+
 @pytest.mark.backs("KVM_SET_GSI_ROUTING")
 def test_msi_by_irqfd_and_routing(kvm: Kvm, eventfd: int) -> None:
     with Guest(kvm, ioapic_guest(4), irqchip=True) as guest:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from kvmkit.kvm import Kvm
-from kvmkit.kvm.exits import Io, TprAccess
+from kvmkit.kvm.exits import Hlt, Io, Shutdown, TprAccess
 from kvmkit.kvm.stats import read_stats
 from kvmkit.testing import DATA, Guest
-from kvmkit.uapi import x86
+from kvmkit.uapi import common, x86
 from kvmkit.uapi.capabilities import KVM_CAP_TSC_CONTROL
-from kvmkit.uapi.common import KVM_REG_SIZE_U64, KVM_REG_X86
+from kvmkit.uapi.common import KVM_REG_SIZE_U32, KVM_REG_SIZE_U64, KVM_REG_X86
 
 LAPIC = 0xFEE00000
 
@@ -38,6 +38,39 @@ def test_sregs2(kvm: Kvm, needs: Callable[[str], int]) -> None:
         assert (again.fs.base, again.cr2) == (0x7000, 0x9000)
         sregs2.flags = 1 << 40
         refused(lambda: guest.vcpu.set_sregs2(sregs2), errno.EINVAL)
+
+
+def test_cached_page_directory_pointers(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """PAE's four PDPTEs are loaded with CR3 and kept, whatever becomes of memory; KVM_SET_SREGS2 sets them."""
+    needs("KVM_CAP_SREGS2")
+    pointers, directories = 0x20000, (0x21000, 0x22000)
+    with Guest(kvm, "hlt", bits=32) as guest:
+        for n, directory in enumerate(directories):
+            guest.memory.write(directory, ((n + 1) << 21 | 0x83).to_bytes(8, "little"))
+        guest.memory.write(pointers, (directories[0] | 1).to_bytes(8, "little").ljust(32, b"\0"))
+        sregs = guest.vcpu.get_sregs()
+        sregs.cr0, sregs.cr3, sregs.cr4 = sregs.cr0 | 1 << 31, pointers, 1 << 5
+        guest.vcpu.set_sregs(sregs)
+        if not guest.vcpu.get_sregs().cr0 >> 31:
+            pytest.skip(f"{kvm.engine}: this KVM knows no paging outside long mode")
+        guest.memory.write(pointers, bytes(32))
+        sregs2 = guest.vcpu.get_sregs2()
+        assert sregs2.flags == x86.KVM_SREGS2_FLAGS_PDPTRS_VALID
+        assert list(sregs2.pdptrs) == [directories[0] | 1, 0, 0, 0]
+        assert guest.vcpu.translate(0x1234).physical_address == (1 << 21) + 0x1234
+        sregs2.pdptrs[0] = directories[1] | 1
+        guest.vcpu.set_sregs2(sregs2)
+        assert list(guest.vcpu.get_sregs2().pdptrs) == [directories[1] | 1, 0, 0, 0]
+        assert guest.vcpu.translate(0x1234).physical_address == (2 << 21) + 0x1234
+
+
+def test_microcode_revision(kvm: Kvm) -> None:
+    """User space sets what the guest reads, and the guest's own writes do nothing."""
+    code = "mov ecx, 0x8b\nmov eax, 1\nmov edx, 2\nwrmsr\nhlt"
+    with Guest(kvm, code) as guest:
+        assert guest.vcpu.set_msrs({0x8B: 7 << 32}) == 1
+        assert isinstance(guest.run(), Hlt)
+        assert guest.vcpu.get_msrs([0x8B]) == {0x8B: 7 << 32}
 
 
 @pytest.mark.backs("KVM_SET_CPUID")
@@ -77,6 +110,107 @@ def test_machine_check(kvm: Kvm, needs: Callable[[str], int]) -> None:
         exit_ = guest.run()
         assert isinstance(exit_, Io) and exit_.port == 0x12
         assert vcpu.get_msrs([MCG_STATUS])[MCG_STATUS] & 4
+
+
+MCG_CAP, MCG_CTL, MC0_CTL, MC0_ADDR, MC0_MISC = 0x179, 0x17B, 0x400, 0x402, 0x403
+VALID, OVERFLOW, UNCORRECTED, ENABLED = 1 << 63, 1 << 62, 1 << 61, 1 << 60
+IN_PROGRESS = 1 << 2
+
+
+def test_machine_check_without_setup(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """All banks, and no more."""
+    needs("KVM_CAP_MCE")
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        assert vcpu.get_msrs([MCG_CAP]) == {MCG_CAP: 32}
+        assert len(vcpu.get_msrs(range(MC0_CTL, MC0_CTL + 129))) == 128
+
+
+@pytest.mark.parametrize(
+    ("mcg_cap", "msr", "value", "taken"),
+    [
+        (1 << 8 | 2, MCG_CTL, 0, True),
+        (1 << 8 | 2, MCG_CTL, (1 << 64) - 1, True),
+        (1 << 8 | 2, MCG_CTL, 1, False),
+        (2, MCG_CTL, 0, True),
+        (2, MCG_CTL, (1 << 64) - 1, False),
+        (2, MC0_CTL, 5, False),
+        (2, MC0_CTL, (1 << 64) - 1 & ~(1 << 10 | 1), True),
+        (2, MC0_STATUS, VALID | 5, True),
+        (2, MC0_STATUS + 4, 5, True),
+        (2, MC0_STATUS + 8, 0, False),  # of the third bank
+        (2, MCG_STATUS, 7, True),
+    ],
+)
+def test_machine_check_registers(
+    kvm: Kvm, needs: Callable[[str], int], mcg_cap: int, msr: int, value: int, taken: bool
+) -> None:
+    needs("KVM_CAP_MCE")
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.x86_setup_mce(mcg_cap)
+        assert vcpu.set_msrs({msr: value}) == taken
+        if taken:
+            assert vcpu.get_msrs([msr]) == {msr: value}
+
+
+@pytest.mark.parametrize(
+    ("present", "status", "mcg_status", "expected"),
+    [
+        (0, VALID | 5, 0, VALID | 5),
+        (VALID | 3, VALID | 5, 0, VALID | OVERFLOW | 5),
+        (VALID | UNCORRECTED | 3, VALID | 5, 0, VALID | OVERFLOW | UNCORRECTED | 3),  # the worse one stays
+        (VALID | 3, VALID | UNCORRECTED | 5, 0, VALID | UNCORRECTED | 5),  # no action required
+    ],
+)
+def test_machine_check_is_logged(
+    kvm: Kvm, needs: Callable[[str], int], present: int, status: int, mcg_status: int, expected: int
+) -> None:
+    needs("KVM_CAP_MCE")
+    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        vcpu.x86_setup_mce(2)
+        assert vcpu.set_msrs({MC0_STATUS: present, MC0_ADDR: 1, MC0_MISC: 2}) == 3
+        vcpu.x86_set_mce(
+            x86.kvm_x86_mce(status=status, addr=0x1000, misc=0x86, mcg_status=mcg_status, bank=0)
+        )
+        logged = vcpu.get_msrs([MC0_STATUS, MC0_ADDR, MC0_MISC])
+        kept = expected & 0xFF == 3
+        assert logged == {
+            MC0_STATUS: expected,
+            MC0_ADDR: 1 if kept else 0x1000,
+            MC0_MISC: 2 if kept else 0x86,
+        }
+
+
+@pytest.mark.parametrize(
+    ("mce", "in_progress", "enabled", "port"),
+    [
+        (True, False, True, 0x12),
+        (True, False, False, 0x11),  # the bank doesn't report
+        (False, False, True, None),
+        (True, True, True, None),  # a second one while the first is handled
+    ],
+)
+def test_uncorrected_machine_check(
+    kvm: Kvm, needs: Callable[[str], int], mce: bool, in_progress: bool, enabled: bool, port: int | None
+) -> None:
+    """#MC, nothing, or the processor shuts down."""
+    needs("KVM_CAP_MCE")
+    code = "set_gate 18, handler\nload_idt\nout 0x10, al\nout 0x11, al\nhlt\nhandler:\nout 0x12, al\nhlt"
+    with Guest(kvm, code) as guest:
+        vcpu = guest.vcpu
+        assert isinstance(guest.run(), Io)
+        sregs = vcpu.get_sregs()
+        sregs.cr4 = sregs.cr4 & ~(1 << 6) | mce << 6
+        vcpu.set_sregs(sregs)
+        vcpu.x86_setup_mce(1 << 8 | 1)
+        vcpu.set_msrs({MCG_STATUS: IN_PROGRESS * in_progress, MC0_CTL: (1 << 64) - 1 if enabled else 0})
+        status = VALID | UNCORRECTED | ENABLED | 0x22
+        vcpu.x86_set_mce(x86.kvm_x86_mce(status=status, mcg_status=IN_PROGRESS | 1, bank=0))
+        exit_ = guest.run()
+        if port is None:
+            assert exit_ == Shutdown()
+        else:
+            assert isinstance(exit_, Io) and exit_.port == port
+            assert vcpu.get_msrs([MC0_STATUS])[MC0_STATUS] == (status if port == 0x12 else 0)
 
 
 @pytest.mark.backs("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE")
@@ -131,7 +265,7 @@ def test_smi(kvm: Kvm, needs: Callable[[str], int]) -> None:
 def test_kvmclock_ctrl(kvm: Kvm, needs: Callable[[str], int]) -> None:
     """Sets PVCLOCK_GUEST_STOPPED in the guest's clock page, if it has one."""
     needs("KVM_CAP_KVMCLOCK_CTRL")
-    code = f"mov ecx, {x86.MSR_KVM_SYSTEM_TIME_NEW}\nmov eax, {DATA} | 1\nxor edx, edx\nwrmsr\nout 0x10, al\nnop\nout 0x11, al\nhlt"
+    code = f"mov ecx, {x86.MSR_KVM_SYSTEM_TIME_NEW}\nmov eax, {DATA} | 1\nxor edx, edx\nwrmsr\nout 0x10, al\nnop\nout 0x11, al\nout 0x12, al\nhlt"
     with Guest(kvm, code, irqchip=True) as guest:
         refused(guest.vcpu.kvmclock_ctrl, errno.EINVAL)
         assert isinstance(guest.run(), Io)
@@ -140,6 +274,9 @@ def test_kvmclock_ctrl(kvm: Kvm, needs: Callable[[str], int]) -> None:
         guest.vcpu.kvmclock_ctrl()
         assert isinstance(guest.run(), Io)
         assert guest.memory.read(flags, 1)[0] & 2
+        guest.vm.set_clock(common.kvm_clock_data(clock=1))
+        assert isinstance(guest.run(), Io)
+        assert guest.memory.read(flags, 1)[0] & 2  # until the guest clears it
 
 
 @pytest.mark.backs("KVM_GET_STATS_FD")
@@ -166,18 +303,64 @@ def test_statistics(kvm: Kvm, needs: Callable[[str], int]) -> None:
 def test_tsc_frequency(kvm: Kvm, needs: Callable[[str], int]) -> None:
     """A frequency can be set where the processor scales; elsewhere only what is within KVM's tolerance, or faster."""
     needs("KVM_CAP_GET_TSC_KHZ")
-    if kvm.engine == "soft" and not kvm.check_extension(KVM_CAP_TSC_CONTROL):
-        pytest.skip("soft: no KVM_CAP_TSC_CONTROL")
     with Guest(kvm, "hlt", irqchip=True) as guest:
         khz = guest.vcpu.get_tsc_khz()
         assert khz > 0
         if kvm.check_extension(KVM_CAP_TSC_CONTROL):
             guest.vcpu.set_tsc_khz(khz // 2)
             assert guest.vcpu.get_tsc_khz() == khz // 2
+            guest.vcpu.set_tsc_khz(0)
+            assert guest.vcpu.get_tsc_khz() == khz
+            refused(lambda: guest.vcpu.set_tsc_khz(0x7FFFFFFF), errno.EINVAL)
         else:
             guest.vcpu.set_tsc_khz(khz)
             assert guest.vcpu.get_tsc_khz() == khz
             refused(lambda: guest.vcpu.set_tsc_khz(khz // 2), errno.EINVAL)  # a faster one it would feign
+
+
+def test_tsc_frequency_of_the_vm(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """The one of vCPUs to come."""
+    needs("KVM_CAP_VM_TSC_CONTROL")
+    needs("KVM_CAP_TSC_CONTROL")
+    with kvm.create_vm() as vm:
+        khz = vm.get_tsc_khz()
+        vm.set_tsc_khz(khz * 2)
+        with vm.create_vcpu(0) as vcpu:
+            assert (vm.get_tsc_khz(), vcpu.get_tsc_khz()) == (khz * 2, khz * 2)
+            vcpu.set_tsc_khz(khz)
+            assert (vm.get_tsc_khz(), vcpu.get_tsc_khz()) == (khz * 2, khz)
+
+
+@pytest.mark.parametrize(("numerator", "denominator"), [(1, 1), (10_001, 10_000), (1, 3), (7, 2), (1, 2000)])
+def test_tsc_scaling(kvm: Kvm, needs: Callable[[str], int], numerator: int, denominator: int) -> None:
+    """RDTSC, RDMSR and KVM_GET_MSRS tell one time, which is the host's, scaled, plus the offset."""
+    needs("KVM_CAP_TSC_CONTROL")
+    needs("KVM_CAP_VCPU_ATTRIBUTES")
+    code = "rdtsc\nout 0x10, al\nmov ecx, 0x10\nrdmsr\nout 0x11, al\nrdtscp\nout 0x12, al\nhlt"
+    with Guest(kvm, code, irqchip=True) as guest:
+        vcpu, host_khz = guest.vcpu, guest.vcpu.get_tsc_khz()
+        khz = host_khz * numerator // denominator
+        vcpu.set_tsc_khz(khz)
+        if abs(khz - host_khz) * 1_000_000 <= host_khz * 250:
+            khz = host_khz  # near enough: not scaled
+        offset = ctypes.c_uint64()
+        vcpu.get_device_attr(x86.KVM_VCPU_TSC_CTRL, x86.KVM_VCPU_TSC_OFFSET, ctypes.addressof(offset))
+
+        def host() -> int:
+            data = guest.vm.get_clock()
+            if not data.flags & common.KVM_CLOCK_HOST_TSC:
+                pytest.skip(f"{kvm.engine}: this host's clock doesn't follow the TSC")
+            return data.host_tsc
+
+        times = [host()]
+        for _ in range(3):
+            assert isinstance(guest.run(), Io)
+            regs = vcpu.get_regs()
+            times.append((regs.rdx << 32 | regs.rax & 0xFFFFFFFF) - offset.value & (1 << 64) - 1)
+            times.append(vcpu.get_msrs([0x10])[0x10] - offset.value & (1 << 64) - 1)
+        times.append(host())
+        scaled = [times[0] * khz // host_khz - 1000, *times[1:-1], times[-1] * khz // host_khz + 1000]
+        assert scaled == sorted(scaled)
 
 
 @pytest.mark.backs("KVM_SET_DEVICE_ATTR", "KVM_GET_DEVICE_ATTR", "KVM_HAS_DEVICE_ATTR")
@@ -215,4 +398,12 @@ def test_one_reg(kvm: Kvm, needs: Callable[[str], int]) -> None:
         assert guest.vcpu.get_one_reg(lstar) == 0x123456
         assert guest.vcpu.get_msrs([0xC0000082]) == {0xC0000082: 0x123456}
         assert isinstance(guest.vcpu.get_reg_list(), list)
-        refused(lambda: guest.vcpu.get_one_reg(KVM_REG_X86 | KVM_REG_SIZE_U64 | 99 << 32), errno.EINVAL)
+        for wrong in (
+            KVM_REG_X86 | KVM_REG_SIZE_U64 | 99 << 32,
+            KVM_REG_X86 | KVM_REG_SIZE_U64 | 2 << 32 | 1 << 40 | 0xC0000082,
+            KVM_REG_X86 | KVM_REG_SIZE_U32 | 2 << 32 | 0xC0000082,
+            KVM_REG_X86 | KVM_REG_SIZE_U64 | 2 << 32 | 0x12345678,
+        ):
+            refused(lambda wrong=wrong: guest.vcpu.get_one_reg(wrong), errno.EINVAL)  # type: ignore[misc]
+            refused(lambda wrong=wrong: guest.vcpu.set_one_reg(wrong, 0), errno.EINVAL)  # type: ignore[misc]
+        refused(lambda: guest.vcpu.set_one_reg(lstar, 1 << 63), errno.EINVAL)  # not canonical

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from kvmkit.kvm import Kvm, irqchip_route, msi_route
-from kvmkit.kvm.exits import HypervHcall, HypervSynic, Io, IoapicEoi, XenHcall
+from kvmkit.kvm.exits import HypervHcall, HypervSynic, Io, IoapicEoi, IrqWindowOpen, XenHcall
 from kvmkit.testing import DATA, Guest
 from kvmkit.uapi import memory_encryption as sev
 from kvmkit.uapi import x86
@@ -185,6 +185,30 @@ def test_split_irqchip(kvm: Kvm, needs: Callable[[str], int]) -> None:
         assert (port(guest), port(guest)) == (DELIVERED, DONE)
         guest.vcpu.interrupt(VECTOR)  # the 8259 of user space
         assert port(guest) == DELIVERED
+
+
+def test_split_irqchip_and_masked_lint0(kvm: Kvm, needs: Callable[[str], int]) -> None:
+    """The interrupt of user space's 8259 comes through LINT0: neither it nor a window for it, while that is masked."""
+    needs("KVM_CAP_SPLIT_IRQCHIP")
+    code = SPLIT.replace(
+        "sti\n",
+        f"mov dword ptr [rbx + 0x350], {1 << 16 | 0x700}\nsti\nout 0x20, al\nout 0x21, al\nmov dword ptr [rbx + 0x350], 0x700\n",
+    )
+    with Guest(kvm, code, capabilities=[(KVM_CAP_SPLIT_IRQCHIP, 24)]) as guest:
+        assert port(guest) == 0x20
+        run = guest.vcpu.kvm_run
+        assert not run.ready_for_interrupt_injection
+        run.request_interrupt_window = 1
+        guest.vcpu.interrupt(VECTOR)
+        refused(lambda: guest.vcpu.interrupt(VECTOR), errno.EEXIST)
+        assert port(guest) == 0x21
+        if (unmasked := port(guest)) == READY:  # the kernel looks for it at its next occasion
+            unmasked = port(guest)
+        assert unmasked == DELIVERED
+        assert port(guest) == DONE  # in the handler, interrupts are off
+        while (exit_ := guest.run()) != IrqWindowOpen():
+            assert isinstance(exit_, Io)
+        assert run.ready_for_interrupt_injection
 
 
 def test_split_irqchip_tells_of_an_eoi(kvm: Kvm, needs: Callable[[str], int]) -> None:

@@ -69,7 +69,11 @@ _GUEST_DEBUG = (
     | x.KVM_GUESTDBG_BLOCKIRQ
 )
 
+_REG_MSR = c.KVM_REG_X86 | c.KVM_REG_SIZE_U64 | 2 << 32
+"""KVM_X86_REG_TYPE_MSR: to be or-ed with the index."""
+
 _XSAVE_BYTES = 4096
+_MAX_TSC_KHZ = (1 << 31) - 1
 
 _CAPABILITIES = {
     capabilities.KVM_CAP_IRQCHIP: 1,
@@ -128,6 +132,12 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_ENABLE_CAP: 1,
     capabilities.KVM_CAP_ENABLE_CAP_VM: 1,
     capabilities.KVM_CAP_SYS_ATTRIBUTES: 1,
+    capabilities.KVM_CAP_MCE: 32,
+    capabilities.KVM_CAP_ONE_REG: 1,
+    capabilities.KVM_CAP_TSC_CONTROL: 1,
+    capabilities.KVM_CAP_VM_TSC_CONTROL: 1,
+    capabilities.KVM_CAP_VCPU_ATTRIBUTES: 1,
+    capabilities.KVM_CAP_KVMCLOCK_CTRL: 1,
     capabilities.KVM_CAP_X86_MSR_FILTER: 1,
     capabilities.KVM_CAP_X86_USER_SPACE_MSR: 1,
 }
@@ -199,6 +209,11 @@ class Kvm(_Descriptor, contract.Kvm):
         self._check("KVM_GET_MSR_FEATURE_INDEX_LIST")
         return []
 
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED."""
+        self._check("KVM_X86_GET_MCE_CAP_SUPPORTED")
+        return _engine.supported_mce_cap()
+
     def get_device_attr(self, group: int, attr: int, addr: int = 0) -> None:
         """KVM_GET_DEVICE_ATTR."""
         if not self.has_device_attr(group, attr):
@@ -227,6 +242,7 @@ class Vm(_Descriptor, contract.Vm):
         self._vcpus: dict[int, Vcpu] = {}
         self._pid = os.getpid()
         self.irqchip: IrqChip | SplitIrqChip | None = None
+        self._tsc_khz = _engine.host_tsc_khz()
 
     def close(self) -> None:
         """Release it with its vCPUs and chips. vCPUs must have left `run`. In a child of os.fork it is the parent's still."""
@@ -259,7 +275,7 @@ class Vm(_Descriptor, contract.Vm):
             raise ioctl_error("KVM_CREATE_VCPU", errno.EINVAL, f"vCPU id {id}: 0 to {_MAX_VCPUS - 1}")
         if id in self._vcpus:
             raise ioctl_error("KVM_CREATE_VCPU", errno.EEXIST)
-        vcpu = Vcpu(self, self._vm, id)
+        vcpu = Vcpu(self, self._vm, id, self._tsc_khz)
         self._vcpus[id] = vcpu
         return vcpu
 
@@ -495,10 +511,17 @@ class Vm(_Descriptor, contract.Vm):
             passed_ns = max(time.clock_gettime_ns(time.CLOCK_REALTIME) - data.realtime, 0)
         self._vm.set_clock_ns(data.clock + passed_ns & (1 << 64) - 1)
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: of the vCPUs to come."""
+        khz = _tsc_khz(self, khz)
+        if self._vcpus:
+            raise ioctl_error("KVM_SET_TSC_KHZ", errno.EINVAL, "a vCPU exists")
+        self._tsc_khz = khz
+
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
         self._check("KVM_GET_TSC_KHZ")
-        return _engine.host_tsc_khz()
+        return self._tsc_khz
 
     def x86_set_msr_filter(self, filter: x.kvm_msr_filter) -> None:
         """KVM_X86_SET_MSR_FILTER."""
@@ -529,7 +552,7 @@ class Vm(_Descriptor, contract.Vm):
 class Vcpu(_Descriptor, contract.Vcpu):
     """A virtual processor."""
 
-    def __init__(self, vm: Vm, native: _engine.Vm, id: int) -> None:
+    def __init__(self, vm: Vm, native: _engine.Vm, id: int, tsc_khz: int) -> None:
         """Create it in the state after power-up; those but number 0 wait for INIT and SIPI."""
         self.id = id
         self._machine = vm
@@ -539,6 +562,7 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._run: x.kvm_run | None = x.kvm_run.from_buffer(self._mmap)
         address = ctypes.addressof(self._run)
         self._vcpu = native.create_vcpu(id, address, _MMAP_BYTES)
+        self._vcpu.set_tsc_khz(tsc_khz)
         self._dirty_ring: DirtyRing | None = None
         if (ring := self._vcpu.dirty_ring()) is not None:
             address, size_bytes = ring  # mapped as long as the native vCPU lives
@@ -712,19 +736,19 @@ class Vcpu(_Descriptor, contract.Vcpu):
         _named("KVM_SET_SREGS", self._vcpu.set_sregs, bytes(sregs))
 
     def get_sregs2(self) -> x.kvm_sregs2:
-        """KVM_GET_SREGS2. With PAE paging, the PDPTRs are what memory holds: they aren't cached."""
+        """KVM_GET_SREGS2."""
         self._check("KVM_GET_SREGS2")
         sregs = self.get_sregs()
         sregs2 = x.kvm_sregs2.from_buffer_copy(bytes(sregs).ljust(ctypes.sizeof(x.kvm_sregs2), b"\0"))
         sregs2.flags = 0
         sregs2.pdptrs[:] = [0] * 4
-        if _has_pdptrs(sregs2) and (table := self._machine.slots.read(sregs2.cr3 & 0xFFFFFFE0, 32)):
+        if _has_pdptrs(sregs2):
             sregs2.flags = x.KVM_SREGS2_FLAGS_PDPTRS_VALID
-            sregs2.pdptrs[:] = list(memoryview(table).cast("Q"))
+            sregs2.pdptrs[:] = list(self._vcpu.get_pdptrs())
         return sregs2
 
     def set_sregs2(self, sregs: x.kvm_sregs2) -> None:
-        """KVM_SET_SREGS2. PDPTRs are read from memory, which they come from, and not from here."""
+        """KVM_SET_SREGS2."""
         name = "KVM_SET_SREGS2"
         self._check(name)
         valid = sregs.flags & x.KVM_SREGS2_FLAGS_PDPTRS_VALID
@@ -735,6 +759,9 @@ class Vcpu(_Descriptor, contract.Vcpu):
         old.interrupt_bitmap[:] = [0] * 4  # kvm_sregs2 says nothing of the interrupt that waits: it stays
         events = self._vcpu.get_vcpu_events()
         _named(name, self._vcpu.set_sregs, bytes(old))
+        if valid:
+            a, b, c, d = sregs.pdptrs
+            self._vcpu.set_pdptrs((a, b, c, d))
         self._vcpu.set_vcpu_events(events)
 
     def get_fpu(self) -> x.kvm_fpu:
@@ -805,6 +832,51 @@ class Vcpu(_Descriptor, contract.Vcpu):
             if not self._vcpu.set_msr(index, value):
                 return n
         return len(values)
+
+    def get_one_reg(self, id: int) -> int:
+        """KVM_GET_ONE_REG."""
+        name = "KVM_GET_ONE_REG"
+        value = self._vcpu.get_msr(self._msr_of(name, id))
+        if value is None:
+            raise ioctl_error(name, errno.EINVAL, f"no MSR {id & 0xFFFFFFFF:#x}")
+        return value
+
+    def set_one_reg(self, id: int, value: int) -> None:
+        """KVM_SET_ONE_REG."""
+        name = "KVM_SET_ONE_REG"
+        if not self._vcpu.set_msr(self._msr_of(name, id), value):
+            raise ioctl_error(name, errno.EINVAL, f"MSR {id & 0xFFFFFFFF:#x} can't be {value:#x}")
+
+    def _msr_of(self, name: str, id: int) -> int:
+        self._check(name)
+        if id & ~0xFFFFFFFF != _REG_MSR:
+            raise ioctl_error(
+                name, errno.EINVAL, f"register {id:#x}: there are MSRs alone, {_REG_MSR:#x} | index"
+            )
+        return id & 0xFFFFFFFF
+
+    def get_reg_list(self) -> list[int]:
+        """KVM_GET_REG_LIST: nothing beside the MSRs, which it doesn't list."""
+        self._check("KVM_GET_REG_LIST")
+        return []
+
+    def x86_setup_mce(self, mcg_cap: int) -> None:
+        """KVM_X86_SETUP_MCE."""
+        self._check("KVM_X86_SETUP_MCE")
+        _named("KVM_X86_SETUP_MCE", self._vcpu.setup_mce, mcg_cap)
+
+    def x86_set_mce(self, mce: x.kvm_x86_mce) -> None:
+        """KVM_X86_SET_MCE."""
+        self._check("KVM_X86_SET_MCE")
+        args = mce.status, mce.addr, mce.misc, mce.mcg_status, mce.bank
+        _named("KVM_X86_SET_MCE", self._vcpu.set_mce, *args)
+
+    def set_signal_mask(self, signals: Iterable[int] | None) -> None:
+        """KVM_SET_SIGNAL_MASK. A signal that comes while the guest runs, and isn't masked, is noticed within 50 ms."""
+        self._check("KVM_SET_SIGNAL_MASK")
+        self._vcpu.set_signal_mask(
+            None if signals is None else sum({1 << (number - 1) for number in signals})
+        )
 
     def get_cpuid2(self) -> list[x.kvm_cpuid_entry2]:
         """KVM_GET_CPUID2."""
@@ -929,10 +1001,49 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_NMI")
         self._vcpu.nmi()
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ."""
+        _named("KVM_SET_TSC_KHZ", self._vcpu.set_tsc_khz, _tsc_khz(self, khz))
+
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
         self._check("KVM_GET_TSC_KHZ")
-        return _engine.host_tsc_khz()
+        return self._vcpu.get_tsc_khz()
+
+    def kvmclock_ctrl(self) -> None:
+        """KVM_KVMCLOCK_CTRL."""
+        self._check("KVM_KVMCLOCK_CTRL")
+        _named("KVM_KVMCLOCK_CTRL", self._vcpu.kvmclock_ctrl)
+
+    def set_device_attr(self, group: int, attr: int, addr: int = 0) -> None:
+        """KVM_SET_DEVICE_ATTR: the TSC's offset."""
+        name = "KVM_SET_DEVICE_ATTR"
+        self._tsc_offset(name, group, attr)
+        self._vcpu.set_tsc_offset(int.from_bytes(_named(name, _load, addr, 8), "little"))
+
+    def get_device_attr(self, group: int, attr: int, addr: int = 0) -> None:
+        """KVM_GET_DEVICE_ATTR: the TSC's offset."""
+        name = "KVM_GET_DEVICE_ATTR"
+        self._tsc_offset(name, group, attr)
+        _named(name, _store_u64, addr, self._vcpu.get_tsc_offset())
+
+    def _tsc_offset(self, name: str, group: int, attr: int) -> None:
+        if not self.has_device_attr(group, attr):
+            raise ioctl_error(name, errno.ENXIO, f"attribute {attr} of group {group}")
+
+    def has_device_attr(self, group: int, attr: int) -> bool:
+        """KVM_HAS_DEVICE_ATTR."""
+        self._check("KVM_HAS_DEVICE_ATTR")
+        return (group, attr) == (x.KVM_VCPU_TSC_CTRL, x.KVM_VCPU_TSC_OFFSET)
+
+
+def _tsc_khz(descriptor: Vm | Vcpu, khz: int) -> int:
+    """The argument of KVM_SET_TSC_KHZ: 0 is the host's frequency."""
+    name = "KVM_SET_TSC_KHZ"
+    descriptor._check(name)
+    if not 0 <= khz < _MAX_TSC_KHZ:
+        raise ioctl_error(name, errno.EINVAL, f"{khz} kHz: below {_MAX_TSC_KHZ}")
+    return khz or _engine.host_tsc_khz()
 
 
 def _check_sregs(name: str, sregs: x.kvm_sregs | x.kvm_sregs2) -> None:
