@@ -4,7 +4,10 @@
 #![cfg(target_arch = "x86_64")]
 
 mod common;
-use _engine::cpu::{CS, CpuidEntry, DS, ES, Exception, Exit, FS, GS, RSP, SS, Stop, cr0, cr4, efer, rflags, shadow};
+use _engine::cpu::{
+    CS, CpuidEntry, DS, ES, Exception, Exit, FS, GS, RAX, RBX, RCX, RDI, RSI, RSP, SS, Stop, cr0, cr4, efer, rflags,
+    shadow,
+};
 use _engine::debug::guestdbg;
 use _engine::{debug, exception, far, interp, msr, segment, state, sys, xstate};
 use common::*;
@@ -32,6 +35,9 @@ fn real() -> Machine {
     }
     m
 }
+
+/// Where the memory ends that `Machine::long_mode` maps.
+const MAPPED: u64 = 2 << 20;
 
 /// Execute one instruction.
 fn step(m: &mut Machine, code: &[u8]) -> Result<(), Stop> {
@@ -1202,4 +1208,42 @@ fn alignment_checks() {
         undo(&mut m);
         assert_eq!(step(&mut m, load), Ok(()), "{what}");
     }
+}
+
+/// The processor checks privileges before it touches the operand: LMSW from user mode is #GP wherever its operand is.
+#[test]
+fn lmsw_of_user_mode_reads_no_memory() {
+    let mut m = long();
+    m.user();
+    assert_eq!(step(&mut m, &[0x0f, 0x01, 0x34, 0x25, 0, 0, 0, 0x7f]), raised(13, 0)); // lmsw [0x7f000000]
+}
+
+/// Of CMPS's operands, ES:RDI is read first, as a page fault of both shows.
+#[test]
+fn cmps_reads_its_second_operand_first() {
+    let mut m = long();
+    (m.v.cpu.gpr[RSI], m.v.cpu.gpr[RDI]) = (0x7f00_0000, 0x7f10_0000);
+    assert_eq!(step(&mut m, &[0xa6]), Err(Exception::page_fault(0, 0x7f10_0000).into()));
+}
+
+/// BTS, BTR and BTC with a bit offset in a register write a whole operand, the page behind it included.
+#[test]
+fn bit_instructions_access_their_whole_operand() {
+    let mut m = long();
+    m.v.cpu.gpr[RBX] = MAPPED - 2;
+    let fault = || Err(Exception::page_fault(2, MAPPED).into());
+    assert_eq!(step(&mut m, &[0x0f, 0xab, 0x03]), fault()); // bts [rbx], eax
+    (m.v.cpu.gpr[RBX], m.v.cpu.gpr[RAX]) = (MAPPED + 4, (-16i32) as u32 as u64);
+    assert_eq!(step(&mut m, &[0x0f, 0xb3, 0x03]), fault()); // btr [rbx], eax: the dword below, bit 16
+}
+
+/// A page fault of a repeated string instruction that goes backward is at the element that it comes to first.
+#[test]
+fn backward_strings_fault_at_the_highest_element() {
+    let mut m = long();
+    m.v.cpu.set_rflags(rflags::DF);
+    (m.v.cpu.gpr[RSI], m.v.cpu.gpr[RDI], m.v.cpu.gpr[RCX]) = (0x7f00_0800, FREE, 16);
+    assert_eq!(step(&mut m, &[0xf3, 0xa4]), Err(Exception::page_fault(0, 0x7f00_0800).into())); // rep movsb
+    m.v.cpu.gpr[RDI] = 0x7f10_0800;
+    assert_eq!(step(&mut m, &[0xf3, 0xaa]), Err(Exception::page_fault(2, 0x7f10_0800).into())); // rep stosb
 }

@@ -698,6 +698,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             write_operand(v, i, 0, 2, value)?;
         }
         Lmsw => {
+            sys::privileged(v)?; // before the operand is touched
             let value = read_operand(v, i, 0, 2)? as u16;
             sys::lmsw(v, value)?;
         }
@@ -905,7 +906,8 @@ fn bit_in_memory(v: &mut Vcpu, mnemonic: Mnemonic, la: u64, size: usize, bit: u6
     let old = if mnemonic == Mnemonic::Bt {
         load(v, la, size)?
     } else {
-        // The byte that holds the bit is always aligned.
+        // The whole operand is accessed, and faults as such; the byte that holds the bit is always aligned.
+        access::check_pages(v, la, size as u64, mmu::Intent::Write, mode)?;
         match access::direct(v, la.wrapping_add(bit / 8), 1, mode)? {
             Some((p, slot, gpa)) => {
                 let byte_mask = 1u8 << (bit & 7);

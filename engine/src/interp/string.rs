@@ -161,8 +161,9 @@ fn iteration(v: &mut Vcpu, i: &Instruction, s: &Shape) -> Res<()> {
         }
         _ => {
             let (from, to) = (source(v, s)?, destination(v, s, false)?);
-            let a = load(v, from, size)?;
+            // The processor reads the second operand first, which shows where both fault.
             let b = load(v, to, size)?;
+            let a = load(v, from, size)?;
             v.cpu.aflags = compare(a, b, size);
         }
     }
@@ -243,11 +244,16 @@ fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
         return Ok(0);
     }
     let (to, from) = (to - below, from.map(|from| from - below));
+    // A fault is that of the first element, not of the lowest: the single iteration raises it.
     let from_gpa = match from {
-        Some(from) => Some(mmu::walk(v, from, Intent::Read, mode)?.gpa + (from & 0xfff)),
+        Some(from) => match mmu::walk(v, from, Intent::Read, mode) {
+            Ok(page) => Some(page.gpa + (from & 0xfff)),
+            Err(_) => return Ok(0),
+        },
         None => None,
     };
-    let to_gpa = mmu::walk(v, to, Intent::Write, mode)?.gpa + (to & 0xfff);
+    let Ok(page) = mmu::walk(v, to, Intent::Write, mode) else { return Ok(0) };
+    let to_gpa = page.gpa + (to & 0xfff);
     let Some(slot) = v.slots.find(to_gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(0) };
     let Some(target) = v.slots.hva(to_gpa, whole) else { return Ok(0) };
     if v.is_lapic(to_gpa) {
