@@ -99,6 +99,7 @@ WHEELS = (
 IN_TREE = (
     "src/kvmkit/**/*.py",
     "tests/conftest.py",
+    "bench/soak.py",
     "tests/kvm/**/*.py",
     "tests/machine/test_move.py",
     "tests/uapi/**/*.py",

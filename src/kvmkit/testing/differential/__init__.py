@@ -1,0 +1,5 @@
+"""Differential tests of whole machine states: one case on the software engine and on a reference.
+
+`cases` makes a case of a seed, `code` the instructions in it; `run` runs it on a KVM and `on_unicorn` on Unicorn; `compare` says
+what differs, and `known` which differences are the reference's.
+"""

@@ -1,0 +1,215 @@
+"""Differences from a reference that are the reference's: each a rule with its reason, as narrow as it can be.
+
+The references are QEMU's TCG in two ages: Unicorn 2 is made of QEMU 5, and the processor under kvm-amd in the test bed is that of
+QEMU 7. "SDM" is Intel's Software Developer's Manual, Volume 2 under the instruction's name unless said otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmkit.testing.differential import code as c
+from kvmkit.testing.differential.cases import MODES, Case
+from kvmkit.testing.differential.run import Outcome
+
+Differences = dict[str, tuple[int, int]]
+Test = Callable[[Case, Outcome, Outcome, Differences], bool]
+
+RF = 1 << 16
+PORTS = b"\xe4\xe5\xe6\xe7\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of difference: its name, why it is the reference that is wrong, and whether a difference is of this kind."""
+
+    name: str
+    reason: str
+    applies: Test
+
+
+def opcode(outcome: Outcome, case: Case) -> bytes:
+    """Three bytes of the instruction at RIP, without its prefixes."""
+    at = outcome.values.get("rip", 0)
+    code = case.image()[at : at + 12]
+    prefixes = b"\x66\x67\x2e\x36\x3e\x26\x64\x65\xf0\xf2\xf3" + (
+        bytes(range(0x40, 0x50)) if case.mode.bits == 64 else b""
+    )
+    return code.lstrip(prefixes)[:3]
+
+
+def refused(*opcodes: str, vector: int = 13) -> Test:
+    """Whether we fault at one of these instructions, and the reference goes on, or faults otherwise."""
+    starts = tuple(bytes.fromhex(text) for text in opcodes)
+
+    def applies(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+        differs = theirs.end != ours.end or "rip" in found
+        return ours.vector == vector and differs and opcode(ours, case).startswith(starts)
+
+    return applies
+
+
+def contains(*codes: str) -> Test:
+    """Whether one of these byte sequences is in the case."""
+    wanted = [bytes.fromhex(text) for text in codes]
+    return lambda case, ours, theirs, found: any(code in item.code for item in case.items for code in wanted)
+
+
+def _undelivered(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    if (
+        ours.end == "shutdown"
+        or ours.vector == 8
+        or (ours.vector != theirs.vector and opcode(theirs, case)[:1] in (b"\xcd", b"\xcc"))
+    ):
+        return True
+    v, before = ours.values, case.control
+    changed = any(v[name] != before[name] for name in ("gdt", "idt")) or any(
+        v[f"{name}.limit"] != before[f"{name}_limit"] for name in ("gdt", "idt")
+    )
+    if (v["cr0"] ^ before["cr0"]) & 0x80000001 and ours.vector is not None:
+        return True  # by the tables of another mode
+    return (
+        theirs.vector is not None
+        and ours.end != theirs.end
+        and (changed or opcode(ours, case)[:1] in (b"\xcd", b"\xcc", b"\xf1", b"\xce"))
+    )
+
+
+def _stepping_over_hlt(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return ours.vector == 1 and theirs.end == "halt" and case.image()[ours.values["rip"] - 1] == 0xF4
+
+
+def _port(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return ours.vector == 13 and case.user and opcode(ours, case)[:1] in [bytes([b]) for b in PORTS]
+
+
+SYSTEM = (
+    b"\x0f\x00",
+    b"\x0f\x01",
+    b"\x0f\x20",
+    b"\x0f\x22",
+    b"\x0f\x21",
+    b"\x0f\x23",
+    b"\x0f\x30",
+    b"\x0f\x32",
+    b"\xf4",
+    b"\xfa",
+    b"\xfb",
+    b"\x8e",
+)
+
+
+def _segments(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    at = opcode(ours, case)
+    stores_table = (
+        at[:2] == b"\x0f\x01" and at[2] >> 3 & 7 < 2 or at[:2] == b"\x0f\x00" and at[2] >> 3 & 7 < 2
+    )
+    return (
+        ours.vector in (12, 13)
+        and ours.values["error code"] == 0
+        and (case.mode.bits != 64 or ours.values["cs"] != case.segments["cs"].selector)
+        and case.mode.protected
+        and (ours.end != theirs.end or "rip" in found)
+        and (not at.startswith(SYSTEM) or stores_table)
+    )
+
+
+def _pushed_rf(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return all(name.startswith("memory") and a ^ b == 1 for name, (a, b) in found.items())
+
+
+def _second_page(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return ours.vector == 14 and all(
+        name.startswith("memory") and int(name.split()[1], 16) >= c.TABLES and (a ^ b) & ~0x60 == 0
+        for name, (a, b) in found.items()
+    )
+
+
+def _two_pages(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    a, b = found.get("cr2", (0, 0))
+    return ours.vector == theirs.vector == 14 and set(found) == {"cr2"} and b & 0xFFF == 0 and b - 8 < a < b
+
+
+def _target(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    at = theirs.values["rip"]
+    return (
+        case.mode.bits == 64
+        and ours.vector == theirs.vector == 13
+        and not -(1 << 47) <= at - (at >> 63 << 64) < 1 << 47
+    )
+
+
+def _sysret_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    a, b = found.get("rflags", (0, 0))
+    return (
+        set(found) == {"rflags"}
+        and (a ^ b) & ~(RF | 0x1A0000) == 0
+        and contains("0f07")(case, ours, theirs, found)
+    )
+
+
+def _ignored_bits(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return set(found) <= {"cr0", "rax"} and all((a ^ b) & ~0x1FFAFFC0 == 0 for a, b in found.values())
+
+
+def _stack_address(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return case.mode.bits == 64 and (ours.vector, theirs.vector) == (12, 13)
+
+
+def _tss_in_ldt(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return (ours.vector, theirs.vector) == (13, 10) and bool(ours.values["error code"] & 4)
+
+
+def _code_both_ways(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    selector = ours.values.get("error code", 0) & 0xFFFC
+    table = c.LDT if selector & 4 else c.GDT
+    flags = case.memory[table + (selector & 0xFFF8) + 6] if selector < 0x800 else 0
+    return case.mode.long and ours.vector == 13 and flags & 0x60 == 0x60
+
+
+UNICORN = (
+    Rule("fast system calls", "Unicorn calls hooks for SYSCALL and SYSENTER and doesn't execute them", contains("0f05", "0f34")),
+    Rule("delivery", "Unicorn delivers nothing: what comes of a gate or of a table that was changed is not seen", _undelivered),
+    Rule("HLT and TF", "Unicorn stops at HLT; the trap comes behind it (SDM 3, 17.3.1.4)", _stepping_over_hlt),
+    Rule("unknown MSRs", "Unicorn reads unknown MSRs as 0 instead of #GP", refused("0f32")),
+    Rule("WRMSR's checks", "Unicorn stores any value; addresses must be canonical, reserved bits of EFER clear", refused("0f30")),
+    Rule("ICEBP", "Unicorn takes 0xf1 for invalid; it is #DB (INT1)", lambda case, ours, theirs, found: ours.vector == 1 and theirs.vector == 6),
+    Rule("I/O in user mode", "Unicorn has executed IN or OUT when the permission bitmap's #GP comes, if it comes", _port),
+    Rule("reserved bits of CR0 and CR4", "Unicorn stores any value (SDM 3, 2.5)", refused("0f22")),
+    Rule("ignored bits of CR0", "what is reserved below bit 32 reads as 0; Unicorn stores it (SDM 3, 2.5)", _ignored_bits),
+    Rule("absent control registers", "#UD whoever asks, as a processor shows in user mode; Unicorn looks at CPL first", refused("0f20", "0f22", vector=6)),
+    Rule("DR7.GD", "Unicorn has no general detect (SDM 3, 17.2.4)", refused("0f21", "0f23", vector=1)),
+    Rule("SYSRET", "#UD outside 64-bit mode; Unicorn does as AMD's processors", refused("0f07", vector=6)),
+    Rule("flags of SYSRET", "R11 & 3C7FD7 (SYSRET); Unicorn loads VM and leaves VIF and VIP", _sysret_flags),
+    Rule("a null SYSENTER_CS", "only bits 2 to 15 count: 1 to 3 are null, too (SYSENTER, SYSEXIT)", refused("0f35")),
+    Rule("a null TR", "LTR of a null selector is #GP(0)", refused("0f00")),
+    Rule("bases of LGDT and LIDT", "they must be canonical in 64-bit mode", refused("0f01")),
+    Rule("L and D", "code that is both 64-bit and 32-bit is #GP in IA-32e mode (SDM 3, 5.2.1); Unicorn runs it", _code_both_ways),
+    Rule("segments", "Unicorn checks neither limits nor kinds of segments at an access (SDM 3, 5.3 to 5.5)", _segments),
+    Rule("#AC", "Unicorn checks no alignment (SDM 3, 6.15)", lambda case, ours, theirs, found: ours.vector == 17),
+    Rule("PUSHF and RF", "RF is clear in what PUSHF stores; Unicorn stores it", _pushed_rf),
+    Rule("writes over two pages", "what is read and written faults first where its first byte lies, as processors show; Unicorn reads first", _two_pages),
+    Rule("targets", "a jump to an address that isn't canonical faults at the jump (JMP, CALL, RET); Unicorn's at the target", _target),
+    Rule("stack addresses", "those that aren't canonical are #SS (SDM 3, 6.15); #GP in Unicorn", _stack_address),
+    Rule("flags of the second page", "that it is accessed and dirty, where the first page of an operand faults (docs/engine.md)", _second_page),
+    Rule("a TSS in the LDT", "JMP and CALL are #GP there, only IRET is #TS (SDM 3, 7.2.2); #TS in Unicorn", _tss_in_ldt),
+)  # fmt: skip
+
+AMD = ()
+
+PVM = ()
+
+KVM = {
+    "kvm_amd": (AMD, tuple(MODES)),
+    "kvm_intel": ((), tuple(MODES)),
+    "kvm_pvm": (PVM, ("real", "long")),
+}
+"""Rules, and modes in which it may serve as a reference, by the kernel's module."""
+
+
+def kernel_kvm() -> str:
+    """Which of the kernel's KVMs /dev/kvm is: the name of its module. `LookupError` if none that is known."""
+    for name in KVM:
+        if Path("/sys/module", name).is_dir():
+            return name
+    raise LookupError(f"/dev/kvm is none of {', '.join(KVM)}")

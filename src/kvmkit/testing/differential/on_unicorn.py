@@ -1,0 +1,152 @@
+"""Running a case on Unicorn, the CPU emulator that was QEMU's TCG once (pip's `unicorn`).
+
+Unicorn delivers nothing through the IDT: it calls a hook with the vector. So the outcome is the state in front of the delivery, to
+be compared with what `compare.before_delivery` reads from the frame; the error code it doesn't tell. The case is entered with an
+IRET, which sets what can't be set by registers.
+"""
+
+from typing import Any
+
+import unicorn
+from unicorn import x86_const as u
+
+from kvmkit.testing.differential import code as c
+from kvmkit.testing.differential.cases import GPRS, Case
+from kvmkit.testing.differential.run import Outcome
+from kvmkit.testing.differential.watchdog import WATCHDOG
+
+STUB, STUB_STACK = 0xE800, 0xEF00
+NOWHERE = 0xEFF0  # Unicorn itself looks it up in the page tables
+_GPR = {name: getattr(u, f"UC_X86_REG_{name.upper()}") for name in GPRS}
+_NARROW = {name: getattr(u, f"UC_X86_REG_E{name[1:].upper()}") for name in GPRS[:8]}
+_SELECTORS = {name: getattr(u, f"UC_X86_REG_{name.upper()}") for name in ("ds", "es", "fs", "gs", "ss", "cs")}
+
+
+def run(case: Case) -> Outcome:
+    """Run it to its end."""
+    mode = case.mode
+    uc = unicorn.Uc(
+        unicorn.UC_ARCH_X86,
+        {True: unicorn.UC_MODE_64, False: unicorn.UC_MODE_32}[mode.long]
+        if mode.protected
+        else unicorn.UC_MODE_16,
+    )
+    registers = _GPR if mode.long else _NARROW
+    ip, flags = (
+        (u.UC_X86_REG_RIP, u.UC_X86_REG_RFLAGS) if mode.long else (u.UC_X86_REG_EIP, u.UC_X86_REG_EFLAGS)
+    )
+    uc.mem_map(0, c.MEMORY_BYTES)
+    uc.mem_write(0, case.image())
+    events: list[int] = []
+
+    def interrupted(uc: Any, vector: int, _: object) -> None:
+        events.append(vector)
+        uc.emu_stop()
+
+    uc.hook_add(unicorn.UC_HOOK_INTR, interrupted)
+    uc.hook_add(
+        unicorn.UC_HOOK_INSN,
+        lambda uc, port, size, _: 0x5A5A5A5A & (1 << 8 * size) - 1,
+        None,
+        1,
+        0,
+        u.UC_X86_INS_IN,
+    )
+    start = _prepare(uc, case)
+    for name, register in registers.items():
+        uc.reg_write(register, case.registers[name])
+    if not mode.protected:
+        uc.reg_write(flags, case.registers["rflags"])
+    else:
+        _frame(uc, case)
+    end = "halt"
+    try:
+        with WATCHDOG.watching(uc.emu_stop):
+            uc.emu_start(start, NOWHERE)
+    except unicorn.UcError as error:
+        if error.errno == unicorn.UC_ERR_INSN_INVALID:
+            events.append(6)
+        elif error.errno in (
+            unicorn.UC_ERR_READ_UNMAPPED,
+            unicorn.UC_ERR_WRITE_UNMAPPED,
+            unicorn.UC_ERR_FETCH_UNMAPPED,
+        ):
+            end = "outside"
+        else:
+            end = f"unsupported: {error}"
+    if events:
+        end = f"vector {events[0]}"
+    values = {name: uc.reg_read(register) for name, register in registers.items()}
+    values |= {"rip": uc.reg_read(ip), "rflags": uc.reg_read(flags)}
+    values |= {name: uc.reg_read(register) for name, register in _SELECTORS.items()}
+    if end == "halt" and uc.mem_read(_linear(values, mode.protected) - 1 & c.MEMORY_BYTES - 1, 1) != b"\xf4":
+        end = "endless"
+    if not mode.protected:
+        return Outcome(
+            end, values, bytes(uc.mem_read(0, c.MEMORY_BYTES))
+        )  # Unicorn has no more registers here
+    for n in (0, 3, 4) if end != "vector 14" else (0, 2, 3, 4):  # CR2 changes at its entry
+        values[f"cr{n}"] = uc.reg_read(getattr(u, f"UC_X86_REG_CR{n}"))
+    for name in ("gdt", "idt"):
+        _, values[name], values[f"{name}.limit"], _ = uc.reg_read(getattr(u, f"UC_X86_REG_{name.upper()}R"))
+    for name in ("tr", "ldt"):
+        register = u.UC_X86_REG_TR if name == "tr" else u.UC_X86_REG_LDTR
+        values[name] = uc.reg_read(register)[0]
+    if mode.long:
+        values |= {
+            name.lower() if name == "EFER" else name: uc.msr_read(index) for name, index in c.MSRS.items()
+        }
+    return Outcome(end, values, bytes(uc.mem_read(0, c.MEMORY_BYTES)))
+
+
+def _linear(values: dict[str, int], protected: bool) -> int:
+    return values["rip"] + (0 if protected else 16 * values["cs"])
+
+
+def _prepare(uc: Any, case: Case) -> int:
+    """Set what registers can set; the address to start at."""
+    mode, control = case.mode, case.control
+    if not mode.protected:
+        stub = b""
+        for opcode, value in ((b"\xc0", control["cr0"]), (b"\xe0", control["cr4"])):
+            stub += b"\x66\xb8" + value.to_bytes(4, "little") + b"\x0f\x22" + opcode
+        for n, name, opcode in ((0, "gdt", b"\x16"), (8, "idt", b"\x1e")):
+            table = control[f"{name}_limit"].to_bytes(2, "little") + control[name].to_bytes(4, "little")
+            uc.mem_write(STUB + 0x100 + n, table)
+            stub += b"\x66\x0f\x01" + opcode + (STUB + 0x100 + n).to_bytes(2, "little")
+        uc.mem_write(STUB, stub)
+        uc.emu_start(STUB, STUB + len(stub))
+        for name, register in _SELECTORS.items():
+            uc.reg_write(register, case.segments[name].selector)
+        return case.rip
+    uc.msr_write(c.MSRS["EFER"], control["efer"])
+    uc.reg_write(u.UC_X86_REG_GDTR, (0, control["gdt"], control["gdt_limit"], 0))
+    uc.reg_write(u.UC_X86_REG_IDTR, (0, control["idt"], control["idt_limit"], 0))
+    uc.reg_write(u.UC_X86_REG_CR3, control["cr3"])
+    uc.reg_write(u.UC_X86_REG_CR4, control["cr4"])
+    uc.reg_write(u.UC_X86_REG_CR0, control["cr0"])
+    for name, register in (("tr", u.UC_X86_REG_TR), ("ldt", u.UC_X86_REG_LDTR)):
+        s = case.segments[name]
+        uc.reg_write(register, (s.selector, s.base, s.limit, (s.flags & 0xFF) << 8 | (s.flags >> 12) << 20))
+    stub = b""
+    for name, modrm in (("ds", 0xD8), ("es", 0xC0), ("fs", 0xE0), ("gs", 0xE8), ("ss", 0xD0)):
+        if name == "ss" and case.user:
+            continue  # the IRET loads it
+        stub += b"\xb8" + case.segments[name].selector.to_bytes(4, "little") + bytes([0x8E, modrm])
+    stub += b"\x90"
+    uc.mem_write(STUB, stub + (b"\x48\xcf" if mode.long else b"\xcf"))
+    uc.emu_start(STUB, STUB + len(stub))
+    return STUB + len(stub)
+
+
+def _frame(uc: Any, case: Case) -> None:
+    """What the IRET pops: onto a stack of its own, which is the case's own stack where the IRET doesn't switch."""
+    size = 8 if case.mode.long else 4
+    r, s = case.registers, case.segments
+    if case.mode.long or case.user:
+        words = [r["rip"], s["cs"].selector, r["rflags"], r["rsp"], s["ss"].selector]
+        top = STUB_STACK
+        uc.mem_write(top, b"".join(word.to_bytes(size, "little") for word in words))
+    else:
+        top = r["rsp"] - 3 * size  # `cases.make` put it there
+    uc.reg_write(u.UC_X86_REG_RSP if case.mode.long else u.UC_X86_REG_ESP, top)
