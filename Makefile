@@ -46,7 +46,7 @@ demo: build
 
 test: lint
 	@tools/need cc=gcc as=binutils
-	@tools/need --optional cpio=cpio iasl=acpica-tools qemu-system-x86_64=qemu-system-x86 debugfs=e2fsprogs
+	@tools/need --optional cpio=cpio iasl=acpica-tools qemu-system-x86_64=qemu-system-x86 qemu-system-aarch64=qemu-system-arm debugfs=e2fsprogs
 	@tools/need --optional mmdebstrap=mmdebstrap fakechroot=fakechroot fakeroot=fakeroot
 	@ls -d /usr/src/linux-headers-*-common >/dev/null 2>&1 || tools/need --optional headers=$$(apt-cache search -n $(HEADERS) | cut -d' ' -f1 | sort -V | tail -n 1)
 	$(CARGO) test --release $(MANIFEST) --no-default-features
