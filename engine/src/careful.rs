@@ -67,7 +67,11 @@ pub fn run_instruction(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer:
     }
     let offset = if is_masked_store(i) {
         let rdi = v.cpu.gpr[crate::cpu::RDI];
-        if i.op_kind(0) == OpKind::MemorySegEDI { rdi & 0xffff_ffff } else { rdi }
+        match i.op_kind(0) {
+            OpKind::MemorySegDI => rdi & 0xffff,
+            OpKind::MemorySegEDI => rdi & 0xffff_ffff,
+            _ => rdi,
+        }
     } else {
         effective(&v.cpu, i)
     };

@@ -639,8 +639,10 @@ impl Translator {
             self.note_avx512();
         }
         if matches!(i.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq) {
-            // The implicit operand at [rdi]: S0 is the host's rdi.
+            // The implicit operand at [rdi]: S0 is the host's rdi. Prefixes of size and segment have had their say.
             self.asm.load(S0, CPU, OPERAND);
+            i.set_op0_kind(OpKind::MemorySegRDI);
+            i.set_segment_prefix(Register::None);
         }
         for n in 0..count {
             if i.op_kind(n) == OpKind::Memory {

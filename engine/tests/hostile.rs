@@ -3,7 +3,7 @@
 #![cfg(target_arch = "x86_64")]
 
 mod common;
-use _engine::cpu::Exit;
+use _engine::cpu::{Exit, FS, GS, RAX, RDI, cr4};
 use common::*;
 
 /// Invalid entries of the TLB and the jump table must not answer to any address that code can form.
@@ -60,4 +60,35 @@ fn nor_does_one_left_by_an_invalidated_block() {
     let code = [0xff, 0xd0, 0xc6, 0x00, 0xc3, 0x48, 0xc7, 0xc3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xe3];
     assert_eq!(m.run(&code), Exit::Hlt);
     assert_eq!((m.halted_in(), m.v.cpu.cr2), (Some(14), u64::MAX));
+}
+
+/// The operand at [rdi] of a masked store is where the guest's prefixes of size and segment say, not where they would lead
+/// in the host: its FS is another, and host addresses have more than 32 bits.
+#[test]
+fn prefixes_of_masked_stores_are_the_guests() {
+    let data = FREE + 0x1000;
+    for interpret in [false, true] {
+        for (prefixes, rdi) in [
+            (&[][..], data),
+            (&[0x67], data | 0x7777 << 32),
+            (&[0x64], data - 0x3000),
+            (&[0x65, 0x67], data - 0x4000 | 0x7777 << 32),
+        ] {
+            let mut m = Machine::new(4 << 20);
+            m.v.interpret_only = interpret;
+            m.long_mode();
+            m.v.cpu.cr4 |= cr4::OSFXSR;
+            (m.v.cpu.segs[FS].base, m.v.cpu.segs[GS].base) = (0x3000, 0x4000);
+            (m.v.cpu.gpr[RDI], m.v.cpu.gpr[RAX]) = (rdi, 0x1122_3344_5566_8899);
+            // movq mm0, rax; movq xmm0, rax; maskmovq mm0, mm0; add rdi, 8; maskmovdqu xmm0, xmm0; hlt
+            let mut code = vec![0x48, 0x0f, 0x6e, 0xc0, 0x66, 0x48, 0x0f, 0x6e, 0xc0];
+            code.extend(prefixes);
+            code.extend([0x0f, 0xf7, 0xc0, 0x48, 0x83, 0xc7, 0x08]);
+            code.extend(prefixes);
+            code.extend([0x66, 0x0f, 0xf7, 0xc0, 0xf4]);
+            assert_eq!(m.run(&code), Exit::Hlt);
+            assert_eq!(m.halted_in(), None, "{prefixes:x?}");
+            assert_eq!([m.read64(data), m.read64(data + 8)], [0x8899; 2], "{prefixes:x?}");
+        }
+    }
 }
