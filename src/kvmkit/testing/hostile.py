@@ -583,25 +583,24 @@ class _Hostile:
             at = IDT + r.randrange(4096)
             self.write(at, r.randbytes(8))
         for _ in range(r.randrange(1, 6)):
-            self.interrupt_something(r)
+            self.interrupt_something(self.vcpu, r)
 
-    def interrupt_something(self, r: Random) -> None:
-        """An interrupt, an NMI or a message. Any thread."""
-        vcpu = r.choice(self.vcpus)
+    def interrupt_something(self, vcpu: Vcpu | None, r: Random) -> None:
+        """An interrupt or a message, or an NMI of `vcpu`, which doesn't run. Any thread."""
         match r.randrange(5):
-            case 0:
+            case 0 if vcpu is not None:
                 self.attempt(vcpu.nmi)
-            case 1:
+            case 1 if vcpu is not None:
+                self.attempt(partial(vcpu.interrupt, r.getrandbits(8)))
+            case 2:
                 address = 0xFEE00000 | r.getrandbits(20) if r.random() < 0.9 else r.getrandbits(64)
                 self.attempt(lambda: self.vm.signal_msi(address, r.getrandbits(r.choice((8, 16, 32)))))
-            case 2:
-                self.attempt(lambda: self.vm.irq_line(r.randrange(26), r.getrandbits(1)))
             case 3:
                 chip = x.kvm_irqchip(chip_id=r.randrange(4))
                 ctypes.memmove(ctypes.addressof(chip.chip), r.randbytes(256), 256)
                 self.attempt(lambda: self.vm.set_irqchip(chip))
             case _:
-                self.attempt(lambda: vcpu.interrupt(r.getrandbits(8)))
+                self.attempt(lambda: self.vm.irq_line(r.randrange(26), r.getrandbits(1)))
 
     def make_processors(self) -> None:
         """Processors that change the code, tables and handlers that the others use, the same code or each its own."""
@@ -721,7 +720,7 @@ class _Hostile:
             case 0:
                 self.set_something(vcpu, r)
             case 1:
-                self.interrupt_something(r)
+                self.interrupt_something(vcpu, r)
             case 2:
                 self.write_something(r)
             case 3:
@@ -782,7 +781,7 @@ class _Hostile:
                 case 2:
                     self.read_dirty_log(r)
                 case 3:
-                    self.interrupt_something(r)
+                    self.interrupt_something(None, r)
                 case 4:
                     self.write_something(r)
                 case 5:
