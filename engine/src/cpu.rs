@@ -7,6 +7,7 @@
 use crate::mem::Slots;
 use crate::vm::{VcpuShared, Vm};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 pub const RAX: usize = 0;
 pub const RCX: usize = 1;
@@ -174,15 +175,22 @@ pub mod mmu_mode {
     pub const COUNT: usize = 3;
 }
 
+/// Bits of `Cpu::poll`.
+pub mod poll {
+    /// Something happened, set by any thread (kick, interrupt, timer, safepoint request).
+    pub const REQUEST: u32 = 1;
+    /// Re-evaluate interrupts, set by this vCPU alone.
+    pub const LOOK_AGAIN: u32 = 1 << 8;
+}
+
 /// The state that translated code reaches off the host stack pointer. **Field order is ABI.**
 #[repr(C, align(64))]
 pub struct Cpu {
-    /// Byte 0: something happened, set by any thread (kick, interrupt, timer, safepoint request). Byte 1:
-    /// re-evaluate interrupts, set by this vCPU alone. Polled as one 32-bit word.
-    pub poll: [u8; 4],
+    /// `poll::*`; unless 0, the vCPU leaves translated code at the start of the next block.
+    pub poll: AtomicU32,
     /// RFLAGS.IF as 0 or 1.
     pub iflag: u8,
-    /// An interrupt waits for IF; `sti` copies this to `poll[1]`.
+    /// An interrupt waits for IF; `sti` copies this to the byte of `poll::LOOK_AGAIN`.
     pub irq_waiting: u8,
     pub cpl: u8,
     /// What holds interrupts off until after the next instruction, `shadow::*`; 0 if nothing does.
@@ -296,6 +304,14 @@ pub struct Msrs {
 }
 
 impl Cpu {
+    /// Does something want attention?
+    pub fn polled(&self) -> bool {
+        self.poll.load(Ordering::SeqCst) != 0
+    }
+    /// Attend to interrupts before the next block.
+    pub fn look_again(&self) {
+        self.poll.fetch_or(poll::LOOK_AGAIN, Ordering::SeqCst);
+    }
     /// RFLAGS as the architecture shows it.
     pub fn rflags(&self) -> u64 {
         self.aflags & rflags::ARITH | self.sysflags | (self.iflag as u64) << 9 | 2

@@ -234,6 +234,6 @@ pub fn set_guest_debug(v: &mut Vcpu, control: u32, registers: &[u64; 8]) -> bool
     }
     v.debug.control = if control & guestdbg::ENABLE != 0 { control } else { 0 };
     v.debug.registers = *registers;
-    v.cpu.poll[1] = 1;
+    v.cpu.look_again();
     true
 }

@@ -286,7 +286,7 @@ pub fn iret(v: &mut Vcpu, size: usize) -> Res<()> {
     let flags = peek(v, 2, size)?;
     v.nmi_masked = false;
     if v.nmi_pending {
-        v.cpu.poll[1] = 1;
+        v.cpu.look_again();
     }
     if is_real(&v.cpu) {
         real_target(v, sel, offset)?;

@@ -10,7 +10,6 @@ use crate::run::{self, leave};
 use crate::stats::vcpu as counter;
 use crate::translate::{Decoded, Mode};
 use crate::{access, exception, interp, mmu, thunks};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Longest stretch of guest code that one block is translated from.
 const WINDOW_BYTES: usize = 320;
@@ -277,16 +276,6 @@ fn find_block(v: &mut Vcpu) -> Result<(Target, bool), Stop> {
         let target = cache.translate(key, &code[..len]);
         return Ok((target, page.global));
     }
-}
-
-/// Atomic view of the poll word.
-pub fn poll_word(cpu: &Cpu) -> &AtomicU32 {
-    // SAFETY: four aligned bytes, only accessed atomically or by translated code.
-    unsafe { &*cpu.poll.as_ptr().cast::<AtomicU32>() }
-}
-
-pub fn polled(cpu: &Cpu) -> bool {
-    poll_word(cpu).load(Ordering::SeqCst) != 0
 }
 
 const _: fn(Exception) -> Stop = Stop::Exception;

@@ -506,7 +506,7 @@ impl Vcpu {
 
     /// A vector may have become deliverable by this vCPU's own doing.
     fn reconsider(&mut self) {
-        self.cpu.poll[1] = 1;
+        self.cpu.look_again();
     }
 
     pub fn lapic_msr_read(&mut self, index: u32) -> Option<u64> {

@@ -36,11 +36,13 @@ mod x86 {
     pub mod msr;
     pub mod pvclock;
     pub mod run;
+    pub mod safepoint;
     pub mod segment;
     pub mod signal;
     pub mod spin;
     pub mod state;
     pub mod stats;
+    pub mod sync;
     pub mod sys;
     pub mod task;
     pub mod thunks;

@@ -154,7 +154,7 @@ pub fn set(v: &mut Vcpu, error: &Error) -> bool {
             mce.status = error.mcg_status;
             v.injected = Some(Exception::new(MACHINE_CHECK));
         }
-        v.cpu.poll[1] = 1;
+        v.cpu.look_again();
     } else if overflow != 0 && bank.status & status::UNCORRECTED != 0 {
         // A corrected error doesn't replace an uncorrected one.
         bank.status |= status::OVERFLOW;

@@ -366,7 +366,7 @@ impl Vcpu {
         }
         v.window_requested = self.byte(kvm_run::REQUEST_INTERRUPT_WINDOW).load(Ordering::SeqCst) != 0;
         if v.window_requested {
-            v.cpu.poll[1] = 1;
+            v.cpu.look_again();
         }
         if (main || held.is_some()) && !v.signals_armed {
             v.signals_armed = true;
@@ -646,7 +646,7 @@ impl Vcpu {
                 }
                 other => other,
             };
-            v.cpu.poll[1] = 1;
+            v.cpu.look_again();
         })
     }
     fn get_vcpu_events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
@@ -713,7 +713,7 @@ impl Vcpu {
             let free = v.user_irq.is_none();
             if free {
                 v.user_irq = Some(vector);
-                v.cpu.poll[1] = 1;
+                v.cpu.look_again();
             }
             free
         })?;

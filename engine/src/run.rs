@@ -1,7 +1,7 @@
 //! KVM_RUN: choose between translated code and the interpreter, attend to interrupts, produce exits.
 
 use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
-use crate::helpers::{find_entry, pack_flags, poll_word, polled, unpack_flags};
+use crate::helpers::{find_entry, pack_flags, unpack_flags};
 use crate::stats::vcpu as counter;
 use crate::vm::request;
 use crate::{access, debug, exception, interp, pvclock, signal, thunks};
@@ -80,11 +80,11 @@ pub fn attend(v: &mut Vcpu) -> Option<Exit> {
     }
     loop {
         let idle = v.halted || v.mp_state != mp_state::RUNNABLE;
-        if !polled(&v.cpu) && !idle {
+        if !v.cpu.polled() && !idle {
             return None;
         }
-        poll_word(&v.cpu).store(0, Ordering::SeqCst);
-        let requests = v.shared.requests.swap(0, Ordering::SeqCst);
+        v.cpu.poll.store(0, Ordering::SeqCst);
+        let requests = v.shared.bell.take();
         if let Some(exit) = handle(v, requests) {
             return Some(exit);
         }
@@ -118,18 +118,18 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
     }
     if requests & request::EXIT != 0 {
         // The rest waits for the next KVM_RUN.
-        v.shared.requests.fetch_or(requests & !(request::EXIT | request::SAFEPOINT), Ordering::SeqCst);
-        poll_word(&v.cpu).store(1, Ordering::SeqCst);
+        v.shared.bell.put_back(requests & !(request::EXIT | request::SAFEPOINT));
+        v.cpu.look_again();
         return Some(Exit::Intr);
     }
     if requests & request::SIGNALS != 0 && v.shared.looks_for_signals.load(Ordering::Relaxed) {
-        v.shared.requests.fetch_or(requests & !(request::SIGNALS | request::SAFEPOINT), Ordering::SeqCst);
-        poll_word(&v.cpu).store(1, Ordering::SeqCst);
+        v.shared.bell.put_back(requests & !(request::SIGNALS | request::SAFEPOINT));
+        v.cpu.look_again();
         return Some(Exit::Signals);
     }
     if requests & request::RING_FULL != 0 && v.shared.ring.as_ref().is_some_and(|r| r.lock().unwrap().is_soft_full()) {
-        v.shared.requests.fetch_or(requests & !request::SAFEPOINT, Ordering::SeqCst);
-        poll_word(&v.cpu).store(1, Ordering::SeqCst);
+        v.shared.bell.put_back(requests & !request::SAFEPOINT);
+        v.cpu.look_again();
         return Some(Exit::DirtyRingFull);
     }
     if requests & request::CLOCK != 0 {
@@ -142,9 +142,9 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
 /// NMI, INIT and SIPI become state, so that reading the state does not miss them.
 pub fn accept_events(v: &mut Vcpu) {
     let events = request::NMI | request::INIT | request::SIPI;
-    let requests = v.shared.requests.fetch_and(!events, Ordering::SeqCst);
+    let requests = v.shared.bell.take_some(events);
     accept(v, requests);
-    v.cpu.poll[1] = 1;
+    v.cpu.look_again();
 }
 
 fn accept(v: &mut Vcpu, requests: u32) {
@@ -188,7 +188,7 @@ fn inject(v: &mut Vcpu) -> Option<Exit> {
     }
     if v.cpu.shadow != 0 || v.debug.control & debug::guestdbg::BLOCKIRQ != 0 {
         // Not before the next instruction.
-        v.cpu.poll[1] = 1;
+        v.cpu.look_again();
         return None;
     }
     if v.nmi_pending && !v.nmi_masked {
@@ -248,7 +248,7 @@ pub fn complete(v: &mut Vcpu) {
         Err(Stop::Exception(e)) => {
             v.io.done.clear();
             v.injected = Some(e);
-            v.cpu.poll[1] = 1;
+            v.cpu.look_again();
         }
         Ok(()) | Err(Stop::NotInterpreted) => {}
     }

@@ -43,7 +43,7 @@ pub fn set_regs(v: &mut Vcpu, b: &[u8; REGS_BYTES]) {
     // What an earlier instruction was waiting for is not this one's.
     v.io = Default::default();
     v.injected = None;
-    v.cpu.poll[1] = 1;
+    v.cpu.look_again();
 }
 
 fn put_segment(b: &mut [u8], s: &Seg) {
@@ -134,7 +134,7 @@ pub fn set_sregs(v: &mut Vcpu, b: &[u8; SREGS_BYTES]) -> bool {
     }
     mmu::flush_all(v);
     v.io = Default::default();
-    v.cpu.poll[1] = 1;
+    v.cpu.look_again();
     true
 }
 

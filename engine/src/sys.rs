@@ -450,7 +450,7 @@ pub fn sti(v: &mut Vcpu) -> Res<()> {
 /// IF may have been set: an interrupt that waited is looked at at the next block boundary.
 pub fn reconsider_interrupts(cpu: &mut Cpu) {
     if cpu.iflag != 0 && cpu.irq_waiting != 0 {
-        cpu.poll[1] = 1;
+        cpu.look_again();
     }
 }
 

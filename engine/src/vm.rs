@@ -1,31 +1,30 @@
 //! One virtual machine: memory slots, vCPUs, the code cache, and the safepoint that guards them.
 //!
-//! **Safepoints.** A vCPU is *running* from before its first guest access to after its last; everything
-//! that a running vCPU relies on without a lock (memory slots, valid blocks, TLB contents of others) changes
-//! only inside [`Vm::exclusive`], which asks every running vCPU to stop at its next block boundary and
-//! waits until none runs. A running vCPU may take the code-cache lock, whose holders never wait for a
-//! safepoint.
+//! **Safepoints** (`safepoint`). Everything that a running vCPU relies on without a lock (memory slots, valid blocks, TLB
+//! contents of others) changes only inside [`Vm::exclusive`]. A running vCPU may take the code-cache lock, whose holders
+//! never wait for a safepoint.
 
 use crate::cache::CodeCache;
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, poll};
 use crate::dirty::{Bitmaps, Ring};
 use crate::irq::Irq;
 use crate::lapic::Lapic;
 use crate::mem::{CodePages, Slots};
+use crate::safepoint::{Doorbell, Safepoint, Stoppable};
 use crate::stats;
 use crate::timer::{self, Timers};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU32, Ordering, fence};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// What threads other than the vCPU's own may touch.
 pub struct VcpuShared {
     pub id: u32,
-    /// The vCPU's state; null once the vCPU is gone. Others write `poll[0]` at any time, the rest only
+    /// The vCPU's state; null once the vCPU is gone. Others write `poll` at any time, the rest only
     /// inside `Vm::exclusive`.
     cpu: AtomicPtr<Cpu>,
-    /// Pending requests, `request::*`.
-    pub requests: AtomicU32,
+    /// Rung for `request::*`; a halted vCPU sleeps there.
+    pub bell: Doorbell,
     running: AtomicBool,
     /// Who is in KVM_RUN looks for signals now and then: Python's main thread, and any with a signal mask.
     pub looks_for_signals: AtomicBool,
@@ -34,12 +33,9 @@ pub struct VcpuShared {
     /// If the VM logs by dirty rings.
     pub ring: Option<Mutex<Ring>>,
     pub stats: stats::Set,
-    /// A halted vCPU sleeps here.
-    sleep: Mutex<bool>,
-    wake: Condvar,
 }
 
-/// Bits of `VcpuShared::requests`.
+/// Bits that the bell is rung with.
 pub mod request {
     /// Leave KVM_RUN with EINTR.
     pub const EXIT: u32 = 1;
@@ -66,39 +62,30 @@ impl VcpuShared {
         Ok(Self {
             id,
             cpu: AtomicPtr::new(cpu),
-            requests: AtomicU32::new(0),
+            bell: Doorbell::default(),
             running: AtomicBool::new(false),
             looks_for_signals: AtomicBool::new(false),
             lapic,
             ring: ring.map(Mutex::new),
             stats,
-            sleep: Mutex::new(false),
-            wake: Condvar::new(),
         })
     }
     /// Ask the vCPU to handle `bits` soon: within the block that it executes, or at once if it is halted.
     /// Any thread; takes no GIL.
     pub fn request(&self, bits: u32) {
-        self.requests.fetch_or(bits, Ordering::SeqCst);
-        let mut woken = self.sleep.lock().unwrap();
-        let cpu = self.cpu.load(Ordering::SeqCst);
-        if !cpu.is_null() {
-            // SAFETY: `detach` nulls the pointer under the sleep lock before the `Cpu` is unmapped; the
-            // byte is only ever accessed atomically or by translated code.
-            unsafe { (*(&raw mut (*cpu).poll).cast::<AtomicU8>()).store(1, Ordering::SeqCst) };
-        }
-        *woken = true;
-        self.wake.notify_all();
+        self.bell.ring(bits, || {
+            let cpu = self.cpu.load(Ordering::SeqCst);
+            if !cpu.is_null() {
+                // SAFETY: `detach` nulls the pointer under the bell's lock before the `Cpu` is unmapped; only the one field,
+                // which is an atomic, is referred to.
+                unsafe { &(*cpu).poll }.fetch_or(poll::REQUEST, Ordering::SeqCst);
+            }
+        });
     }
     /// Sleep until a request arrives (HLT). Returns at once if one arrived since the last call.
     pub fn wait(&self) {
         let start = std::time::Instant::now();
-        let mut woken = self.sleep.lock().unwrap();
-        while !*woken {
-            woken = self.wake.wait(woken).unwrap();
-        }
-        *woken = false;
-        drop(woken);
+        self.bell.wait();
         let ns = start.elapsed().as_nanos() as u64;
         self.stats.count(stats::vcpu::HALT_WAKEUP);
         self.stats.add(stats::vcpu::HALT_WAIT, ns);
@@ -106,12 +93,20 @@ impl VcpuShared {
     }
     /// The vCPU is going away.
     pub fn detach(&self) {
-        let _guard = self.sleep.lock().unwrap();
-        self.cpu.store(std::ptr::null_mut(), Ordering::SeqCst);
+        self.bell.locked(|_| self.cpu.store(std::ptr::null_mut(), Ordering::SeqCst));
     }
     /// The vCPU's state, for use inside `Vm::exclusive`.
     pub fn cpu(&self) -> *mut Cpu {
         self.cpu.load(Ordering::SeqCst)
+    }
+}
+
+impl Stoppable for VcpuShared {
+    fn running(&self) -> &AtomicBool {
+        &self.running
+    }
+    fn ask_to_stop(&self) {
+        self.request(request::SAFEPOINT);
     }
 }
 
@@ -141,10 +136,7 @@ pub struct Vm {
     pub stats: Arc<stats::Set>,
     /// Instructions that raised #UD because nothing here runs them, by name.
     pub unsupported: Mutex<HashMap<iced_x86::Mnemonic, u64>>,
-    stop: AtomicBool,
-    exclusive: Mutex<()>,
-    parked: Mutex<()>,
-    resume: Condvar,
+    safepoint: Safepoint,
 }
 
 impl Vm {
@@ -167,59 +159,27 @@ impl Vm {
             cache: Mutex::new(CodeCache::new(stats.clone())?),
             stats,
             unsupported: Mutex::default(),
-            stop: AtomicBool::new(false),
-            exclusive: Mutex::new(()),
-            parked: Mutex::new(()),
-            resume: Condvar::new(),
+            safepoint: Safepoint::default(),
         })
     }
 
     /// From here on the vCPU counts as running. Waits for a safepoint in progress.
     pub fn start_running(&self, vcpu: &VcpuShared) {
-        loop {
-            vcpu.running.store(true, Ordering::SeqCst);
-            if !self.stop.load(Ordering::SeqCst) {
-                return;
-            }
-            vcpu.running.store(false, Ordering::SeqCst);
-            let mut guard = self.parked.lock().unwrap();
-            while self.stop.load(Ordering::SeqCst) {
-                guard = self.resume.wait(guard).unwrap();
-            }
-        }
+        self.safepoint.start(vcpu);
     }
 
     pub fn stop_running(&self, vcpu: &VcpuShared) {
-        vcpu.running.store(false, Ordering::SeqCst);
+        self.safepoint.stop(vcpu);
     }
 
     /// Run `f` while no vCPU runs. `me` is the calling vCPU, if one calls; it counts as stopped meanwhile,
     /// so whatever it knew of slots, blocks or host addresses must be looked up again afterwards.
     pub fn exclusive<R>(&self, me: Option<&VcpuShared>, f: impl FnOnce() -> R) -> R {
-        let was_running = me.is_some_and(|m| m.running.swap(false, Ordering::SeqCst));
-        let owner = self.exclusive.lock().unwrap();
-        self.stop.store(true, Ordering::SeqCst);
-        self.stats.count(stats::vm::EXCLUSIVE);
-        let vcpus = self.vcpus.read().unwrap().clone();
-        for v in &vcpus {
-            if v.running.load(Ordering::SeqCst) {
-                v.request(request::SAFEPOINT);
-                while v.running.load(Ordering::SeqCst) {
-                    std::thread::yield_now();
-                }
-            }
-        }
-        let result = f();
-        {
-            let _guard = self.parked.lock().unwrap();
-            self.stop.store(false, Ordering::SeqCst);
-            self.resume.notify_all();
-        }
-        drop(owner);
-        if was_running {
-            self.start_running(me.unwrap());
-        }
-        result
+        let vcpus = || self.vcpus.read().unwrap().clone();
+        self.safepoint.exclusive(me, vcpus, || {
+            self.stats.count(stats::vm::EXCLUSIVE);
+            f()
+        })
     }
 
     /// Replace the memory slots; every cached translation is dropped.
@@ -249,8 +209,11 @@ impl Vm {
         self.each_cpu(|cpu| cpu.jumps.clear());
     }
 
-    /// Whether pages of `[gpa, gpa + len)` have translated code.
+    /// Whether pages of `[gpa, gpa + len)`, just written, have translated code.
     pub fn has_code(&self, gpa: u64, len: u64) -> bool {
+        // A device's thread does not stop for `exclusive`: without this it might look here before its write is seen, and a
+        // vCPU read the old code after it declared the page to be code (`helpers::find_block`).
+        fence(Ordering::SeqCst);
         let Some(last) = gpa.checked_add(len.max(1) - 1) else { return false };
         (gpa >> 12..=last >> 12).any(|page| self.code.has(page << 12))
     }

@@ -72,7 +72,7 @@ fn prefixes_of_masked_stores_are_the_guests() {
             (&[][..], data),
             (&[0x67], data | 0x7777 << 32),
             (&[0x64], data - 0x3000),
-            (&[0x65, 0x67], data - 0x4000 | 0x7777 << 32),
+            (&[0x65, 0x67], (data - 0x4000) | 0x7777 << 32),
         ] {
             let mut m = Machine::new(4 << 20);
             m.v.interpret_only = interpret;

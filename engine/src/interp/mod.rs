@@ -18,7 +18,6 @@ use crate::cpu::{
 };
 use crate::debug;
 use crate::far::{self, peek, push_all, set_rsp, stack_mask};
-use crate::helpers::polled;
 use crate::mmu;
 use crate::segment::{self, Inspect};
 use crate::stats::vcpu as counter;
@@ -102,7 +101,7 @@ fn fetch(v: &mut Vcpu, la: u64, to: &mut [u8]) -> Res<()> {
 /// Run instructions until something needs attention, an exit, or translated code can take over.
 pub fn run(v: &mut Vcpu, max: u32) -> Res<()> {
     for _ in 0..max {
-        if polled(&v.cpu) || !v.io.writes.is_empty() {
+        if v.cpu.polled() || !v.io.writes.is_empty() {
             break;
         }
         step(v)?;
@@ -162,7 +161,7 @@ fn perform(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<()
                 }
                 // User space sees the device access first.
                 v.injected = Some(trap);
-                v.cpu.poll[1] = 1;
+                v.cpu.look_again();
             }
             exit.map_or(Ok(()), |e| Err(e.into()))
         }

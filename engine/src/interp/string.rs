@@ -7,7 +7,6 @@ use super::{Done, load, register, segment_index, set_register, store};
 use crate::access;
 use crate::cpu::{Exit, RAX, RDX, Res, Vcpu, rflags};
 use crate::debug;
-use crate::helpers::polled;
 use crate::mem::{LOG_DIRTY, READONLY};
 use crate::mmu::{self, Intent};
 use crate::segment::linear;
@@ -90,7 +89,7 @@ fn repeat(v: &mut Vcpu, i: &Instruction, s: &Shape, counter: Register) -> Res<Do
     let mut n = 0;
     while register(&v.cpu, counter) != 0 {
         // A single step is one iteration.
-        if n >= BATCH && polled(&v.cpu) || n != 0 && (stepping || debug::met(v)) {
+        if n >= BATCH && v.cpu.polled() || n != 0 && (stepping || debug::met(v)) {
             return Ok(Done::Jumped);
         }
         n += 1;
