@@ -42,6 +42,8 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
     {
         return entry.host + offset;
     }
+    // Before anything that waits for a safepoint, where this block may go.
+    let place = v.vm.cache.lock().unwrap().guest_rip(return_pc);
     if write
         && offset + size <= 4096
         && let Some(host) = write_beside_code(v, address, size, mode, return_pc)
@@ -50,7 +52,6 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
     }
     // A fault, a device, a page-crossing access, or a page with code: the interpreter takes the whole
     // instruction, of which nothing has happened yet.
-    let place = v.vm.cache.lock().unwrap().guest_rip(return_pc);
     let Some((rip, _)) = place else {
         return leave_with(v, Exit::InternalError("translated code lost its place".into()));
     };
