@@ -77,7 +77,8 @@ testbed-amd: build
 	$(BIN)/python testbed/bed.py amd
 
 testbed-arm64: build
-	@tools/need qemu-system-aarch64=qemu-system-arm
+	@tools/need qemu-system-aarch64=qemu-system-arm /usr/bin/rustc=rustc-web cargo=cargo-web
+	@tools/need aarch64-linux-gnu-gcc='gcc-aarch64-linux-gnu libc6-dev-arm64-cross'
 	$(BIN)/python testbed/bed.py arm64
 
 wheel: $(VENV)/.created $(AGENT)

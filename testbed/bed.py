@@ -31,7 +31,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmkit.machine.debian import Apt
+from kvmkit.machine import modules
+from kvmkit.machine.debian import Apt, members
 from kvmkit.machine.guest import GuestError, cache_directory, fetch_default_guest
 from kvmkit.machine.initramfs import CpioWriter
 
@@ -116,6 +117,11 @@ UNUSED = re.compile(
     r"(\./)?(boot|usr/share|usr/include|usr/lib/modules|lib/modules|etc/(?!passwd))/.*|.*/ldscripts/.*|.*\.a"
 )
 
+RUSTC = "/usr/bin/rustc"
+"""Debian's (rustc-web): a compiler takes a standard library of its own version alone, and Debian has its one for arm64."""
+RUST_STD = "libstd-rust-web-dev"
+RUST_TARGET = "aarch64-unknown-linux-gnu"
+
 INIT = f"""\
 #!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp /root
@@ -151,6 +157,7 @@ def system(bed: Bed) -> Path:
     """Return a directory with L1's `vmlinuz` and `system.cpio`, from the cache, or made now."""
     recipe = json.dumps(
         [bed.architecture, bed.kernel, *bed.modules, *bed.packages, bed.platform, *WHEELS, INIT]
+        + ([RUST_STD, rustc_version()] if bed.architecture == "arm64" else [])
     )
     root = cache_directory().parent / "testbed"
     made = root / f"{bed.architecture}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -182,6 +189,13 @@ def system(bed: Bed) -> Path:
             debs = apt.download_all(bed.packages)
             say(f"unpacking {name} {version} and {len(debs)} packages")
             add_kernel(archive, kernel, bed, new / "vmlinuz")
+            if (
+                bed.architecture == "arm64"
+            ):  # for a Linux on top of it: the same kernel's modules, and what is built here
+                files = (modules.parse(*file) for file in members(kernel, modules.PATTERN))
+                modules.save(new / "modules", files)
+                std, _, _ = apt.download(RUST_STD)
+                subprocess.run(["dpkg-deb", "-x", str(std), str(new / "rust")], check=True)
             for deb in debs:
                 add_package(archive, deb)
             add_tree(archive, new / "wheels", "wheels", ["**/*.py", "**/*.so", "**/*.dist-info/*"])
@@ -265,7 +279,8 @@ def job_archive(bed: Bed, directory: Path, job: "Job") -> bytes:
     if job.compiled is not None:
         archive.file("compiled", compiled(job.compiled), 0o755)
     if job.linux and bed.architecture == "arm64":
-        add_own_guest(archive, directory / "vmlinuz")
+        add_own_guest(archive, directory)
+        add_built(archive, directory / "rust")
     elif job.linux:
         fetch_default_guest(say)
         guests = cache_directory()
@@ -288,17 +303,60 @@ def compiled(source: Path) -> bytes:
         return program.read_bytes()
 
 
-def add_own_guest(archive: CpioWriter, vmlinuz: Path) -> None:
-    """Add L1's kernel and busybox where kvmkit keeps its default guest: on arm64 that is Debian's cloud kernel and busybox-static, too."""
+def add_own_guest(archive: CpioWriter, directory: Path) -> None:
+    """Add L1's kernel, its modules and busybox where kvmkit keeps its default guest: on arm64 that is Debian's cloud kernel and busybox-static, too."""
     cache = Path("root/.cache/kvmkit") / cache_directory().name
     kernel, busybox = cache / "linux-image-cloud-arm64", cache / "busybox-static"
     for path in (*reversed(cache.parents[:-1]), cache, kernel, busybox):
         archive.directory(str(path))
-    archive.file(str(kernel / "vmlinuz"), vmlinuz.read_bytes())
+    archive.file(str(kernel / "vmlinuz"), (directory / "vmlinuz").read_bytes())
+    add_tree(archive, directory, str(kernel), ["modules/*"])
     archive.file(str(kernel / "package"), json.dumps({"package": kernel.name, "version": ""}).encode())
     archive.symlink(str(busybox / "busybox"), "/bin/busybox")
     applets = "uname nproc mount hostname stty poweroff"
     archive.file(str(busybox / "applets"), applets.encode())
+
+
+def add_built(archive: CpioWriter, std: Path) -> None:
+    """Add the native module and the guest's agent, built for arm64 with the standard library unpacked in `std`."""
+    say(f"building the native module and the agent for {RUST_TARGET}")
+    archive.file("kvmkit/src/kvmkit/_engine.abi3.so", build(TREE / "engine", std, "lib_engine.so"))
+    archive.directory("kvmkit/src/kvmkit/guest")
+    archive.file("kvmkit/src/kvmkit/guest/agent-aarch64", build(TREE / "agent", std, "kvmkit-agent"), 0o755)
+
+
+def build(crate: Path, std: Path, name: str) -> bytes:
+    """Build a crate for arm64 and return its product `name`."""
+    cargo = f"CARGO_TARGET_{RUST_TARGET.upper().replace('-', '_')}"
+    environment = {
+        **os.environ,
+        "RUSTC": RUSTC,
+        f"{cargo}_LINKER": "aarch64-linux-gnu-gcc",
+        f"{cargo}_RUSTFLAGS": f"-L {std}/usr/lib/rustlib/{RUST_TARGET}/lib",  # beside those of the crate's own
+        "CARGO_PROFILE_RELEASE_STRIP": "true",
+        # As maturin does it.
+        "PYO3_NO_PYTHON": "1",
+        "PYO3_BUILD_EXTENSION_MODULE": "1",
+    }
+    environment.pop("RUSTFLAGS", None)  # would take the place of all others
+    target = crate / "target" / "testbed"
+    command = ["cargo", "build", "--quiet", "--release", "--target", RUST_TARGET, "--target-dir", str(target)]
+    try:
+        subprocess.run(command, cwd=crate, env=environment, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BedError(
+            f"{crate.name} can't be built for arm64 ({error}): that takes cargo, and Debian's packages rustc-web, "
+            "gcc-aarch64-linux-gnu and libc6-dev-arm64-cross"
+        ) from error
+    return (target / RUST_TARGET / "release" / name).read_bytes()
+
+
+def rustc_version() -> str:
+    """The version of Debian's compiler."""
+    try:
+        return subprocess.run([RUSTC, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BedError(f"{RUSTC}: {error}: install Debian's package rustc-web") from error
 
 
 # Running it.
@@ -440,8 +498,11 @@ def jobs(
         else:
             # Compiling what both of kvmkit's processes import takes longer than the boot: once is enough.
             cached = "export PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=/tmp/bytecode"
-            boot = f"{cached}; {kvmkit} run --engine kvm --arch arm64 --cpus 2 --timeout 200 -- uname -m\n"
-            found.append(Job("linux boot", boot, 300, linux=True, expect="aarch64"))
+            # Both processors, the streams apart, and the command's status.
+            command = "sh -c 'echo $(uname -m) $(nproc); echo err >&2; exit 7'"
+            run = f"{kvmkit} run --engine kvm --arch arm64 --cpus 2 --timeout 200 -- {command}"
+            boot = f"{cached}; {run} >/tmp/out 2>/tmp/err; status=$?; echo $(cat /tmp/out /tmp/err) $status\n"
+            found.append(Job("linux boot", boot, 300, linux=True, expect="aarch64 2 err 7"))
     return found
 
 

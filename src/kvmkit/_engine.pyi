@@ -1,5 +1,7 @@
 """The native module: the software KVM's processor and its interrupt hot set (Rust, `engine/`).
 
+On x86-64, that is. Elsewhere the functions of loads and stores in order are all there is.
+
 Structs cross as bytes in the layout of the kernel's UAPI (`kvmkit.uapi`). Nothing here is for users: `kvmkit.kvm.soft` is.
 Addresses of host memory are trusted; everything that comes from the guest is checked. Errors are `OSError` with an errno.
 Objects raise `RuntimeError` in a child of os.fork.

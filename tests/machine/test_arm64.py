@@ -3,7 +3,6 @@
 import ctypes
 import gzip
 import struct
-import subprocess
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,15 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvmkit.devices.virtio.device import VirtioDevice
+from kvmkit.devices.virtio.rng import Rng
 from kvmkit.kvm import Device, GuestMemory, MemoryMap, Vcpu, Vm
 from kvmkit.machine.arm64 import board as board_module
-from kvmkit.machine.arm64 import boot, init, layout
+from kvmkit.machine.arm64 import boot, layout
 from kvmkit.machine.arm64 import fdt as tree
 from kvmkit.machine.arm64.board import Arm64Board
 from kvmkit.machine.errors import KernelError
 from kvmkit.uapi import arm64, common
 from kvmkit.vmm import devices as vmm_devices
-from kvmkit.vmm.config import DiskConfig, RootConfig, ShareConfig, VmConfig
+from kvmkit.vmm.config import VmConfig
 from kvmkit.vmm.devices import make_devices
 
 MIB = 1 << 20
@@ -192,6 +193,21 @@ def test_device_tree(cpus: int) -> None:
     assert pairs(root.get_node(f"/pl031@{layout.PL031:x}"), "reg") == [layout.PL031, 4096]
 
 
+def test_virtio_devices_in_the_tree() -> None:
+    root = fdt.parse_dtb(tree.build(MEMORY, 1, b"", virtio=2))
+    nodes = [node for node in root.root.nodes if node.name.startswith("virtio_mmio@")]
+    assert [pairs(node, "reg") for node in nodes] == [[0x0A000000, 0x1000], [0x0A001000, 0x1000]]
+    assert [cells(node, "interrupts") for node in nodes] == [[0, 16, 1], [0, 17, 1]]
+    assert all(node.get_property("compatible").value == "virtio,mmio" for node in nodes)
+    assert all(node.exist_property("dma-coherent") for node in nodes)
+
+
+def test_room_for_virtio() -> None:
+    """Registers and interrupts of as many devices as there may be are there."""
+    assert layout.FIRST_SPI + layout.FIRST_VIRTIO_SPI + layout.MAX_VIRTIO <= layout.NR_IRQS
+    assert layout.VIRTIO_MMIO + layout.MAX_VIRTIO * layout.VIRTIO_BYTES <= layout.RAM
+
+
 def test_seeds_differ() -> None:
     def seed(name: str) -> bytes:
         root = fdt.parse_dtb(tree.build(MEMORY, 1, b""))
@@ -265,6 +281,9 @@ class FakeVm:
     def irq_line(self, irq: int, level: int) -> None:
         self.log.append(("irq", irq, level))
 
+    def irqfd(self, fd: int, gsi: int, flags: int = 0) -> None:
+        self.log.append(("irqfd", gsi, flags))
+
     def memory_written(self, gpa: int, size_bytes: int) -> None:
         pass
 
@@ -281,7 +300,7 @@ def test_board(tmp_path: Path) -> None:
         ("device", common.KVM_DEV_TYPE_ARM_VGIC_V3),
         ("gic", arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_DIST, layout.GICD),
         ("gic", arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_REDIST, layout.GICR),
-        ("gic", arm64.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, 64),
+        ("gic", arm64.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, 96),
         ("gic", arm64.KVM_DEV_ARM_VGIC_GRP_CTRL, arm64.KVM_DEV_ARM_VGIC_CTRL_INIT, 0),
     ]
     kernel = tmp_path / "Image"
@@ -311,6 +330,30 @@ def test_board(tmp_path: Path) -> None:
     assert vm.log == ["gic closed", ("closed", 0), ("closed", 1)]
 
 
+def test_virtio_on_the_board() -> None:
+    vm = FakeVm()
+    devices = [Rng("one"), Rng("two")]
+    board = Arm64Board(cast(Vm, vm), memory_bytes=MEMORY, serial_write=lambda _: None, devices=devices)
+    gic_ready = vm.log.index(("gic", arm64.KVM_DEV_ARM_VGIC_GRP_CTRL, arm64.KVM_DEV_ARM_VGIC_CTRL_INIT, 0))
+    assert vm.log[gic_ready + 1 :] == [("irqfd", 16, 0), ("irqfd", 17, 0)]
+    read = board._buses.memory.read
+    for base in (layout.VIRTIO_MMIO, layout.VIRTIO_MMIO + layout.VIRTIO_BYTES):
+        assert [read(base + offset, 4) for offset in (0, 4, 8)] == [0x74726976, 2, Rng.device_id]
+    board.close()
+    assert vm.log[gic_ready + 3 :] == [
+        ("irqfd", 17, common.KVM_IRQFD_FLAG_DEASSIGN),
+        ("irqfd", 16, common.KVM_IRQFD_FLAG_DEASSIGN),
+        "gic closed",
+        ("closed", 0),
+    ]
+
+
+def test_too_many_virtio_devices() -> None:
+    devices = cast(list[VirtioDevice], [None] * 33)
+    with pytest.raises(ValueError, match="33 virtio devices: this board has room for 32"):
+        Arm64Board(cast(Vm, FakeVm()), memory_bytes=MEMORY, serial_write=lambda _: None, devices=devices)
+
+
 def test_a_host_without_gicv3_leaves_nothing_open() -> None:
     vm = FakeVm(gic=False)
     with pytest.raises(OSError, match="ENODEV"):
@@ -331,54 +374,12 @@ def test_pstate_is_what_the_boot_protocol_wants() -> None:
     assert board_module._PSTATE_DAIF | board_module._PSTATE_EL1H == 0b1111 << 6 | 0b0101
 
 
-# The init.
-
-
-def test_init(tmp_path: Path) -> None:
-    """Run it by a sh that finds nothing but commands that only say that they were called: never the host's."""
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    for name in ("mount", "hostname", "stty", "poweroff"):
-        (bin_ / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
-        (bin_ / name).chmod(0o755)
-    (bin_ / "sh").symlink_to("/bin/sh")
-    environment = {"PATH": str(bin_), "HOME": str(tmp_path), "WORD": "it's $HOME"}
-    made = init.script(["sh", "-c", 'echo "$WORD"; exit 3'], "a name", environment)
-    done = subprocess.run(
-        ["/bin/sh"], input=made, capture_output=True, check=True, env={"PATH": str(bin_)}, cwd=tmp_path
-    )
-    assert done.stdout.decode().splitlines() == [
-        "mount -t proc proc /proc",
-        "mount -t sysfs sysfs /sys",
-        "mount -t devtmpfs devtmpfs /dev",
-        "hostname a name",
-        "kvmkit: init",
-        "kvmkit: command",
-        "it's $HOME",
-        "",
-        "kvmkit: exit 3",
-        "stty -echo",
-        "poweroff -f",
-    ]
-
-
-def test_init_takes_only_what_a_shell_can_have() -> None:
-    with pytest.raises(ValueError, match="environment variable 'a b'"):
-        init.script(["true"], "it", {"a b": "c"})
-
-
 # The VM process.
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (VmConfig(agent=True, directory="x"), "agent"),
-        (VmConfig(network="user"), "a network"),
-        (VmConfig(disks=(DiskConfig("disk"),)), "disks"),
-        (VmConfig(shares=(ShareConfig("/", "/host"),)), "shared directories"),
-        (VmConfig(root=RootConfig("/", "virtiofs")), "a root"),
-        (VmConfig(console="virtio"), "a virtio console"),
         (VmConfig(testdev=True), "x86-64 test kernels"),
         (VmConfig(cpu="x86-64-v3"), "the host's processor"),
     ],
@@ -389,10 +390,3 @@ def test_what_arm64_has_not_is_refused(
     monkeypatch.setattr(vmm_devices, "ARM64", True)
     with pytest.raises(ValueError, match=message), make_devices(config, None, lambda _: None):
         pass
-
-
-def test_a_command_takes_no_virtio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmm_devices, "ARM64", True)
-    config = VmConfig(agent=True, directory="x", console_command=("uname", "-m"), console_fallback=True)
-    with make_devices(config, None, lambda _: None) as devices:
-        assert devices.virtio == []

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import os
-import platform
 import sys
 import threading
 import time
@@ -82,7 +81,9 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, resolve_path=True)
     type=click.Choice(["auto", "kvm", "soft"]),
     help="The kernel's KVM, kvmkit's own, or the faster one here.  [default: auto]",
 )
-@click.option("--kernel", type=_FILE, help="A bzImage or an ELF vmlinux; default: Debian's cloud kernel.")
+@click.option(
+    "--kernel", type=_FILE, help="A bzImage, ELF vmlinux or arm64 Image; default: Debian's cloud kernel."
+)
 @click.option(
     "--modules", type=_DIRECTORY, help="That kernel's modules (lib/modules/VERSION), if virtio is in them."
 )
@@ -243,10 +244,7 @@ def _run(
 ) -> int:
     """Run the command through the agent."""
     output_fd = 2 if verbose else None
-    no_agent = platform.machine() == "aarch64"  # it isn't built for that yet
-    if no_agent and (cwd or user):
-        raise click.UsageError("on arm64 commands run as root in /root: leave out --cwd and --user")
-    if command and (config.kernel is not None or no_agent):  # a kernel of the user's may have no vsock
+    if command and config.kernel is not None:  # a kernel of the user's may have no vsock
         config = dataclasses.replace(
             config, console_command=command, console_fallback=True, environment={**config.environment, **env}
         )

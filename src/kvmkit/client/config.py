@@ -87,7 +87,7 @@ class MachineConfig:
     engine: str = "auto"
     """"auto", "kvm" or "soft": the kernel's KVM, kvmkit's own, or the faster one here."""
     kernel: str | os.PathLike[str] | None = None
-    """A bzImage or ELF vmlinux; None is Debian's cloud kernel."""
+    """A bzImage, ELF vmlinux or arm64 Image; None is Debian's cloud kernel."""
     modules: str | os.PathLike[str] | None = None
     """The directory of that kernel's modules, ``lib/modules/VERSION``, if it has virtio and vsock as modules."""
     initrd: str | os.PathLike[str] | None = None

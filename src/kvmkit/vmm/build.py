@@ -66,13 +66,6 @@ def files(
 
 def initramfs(config: VmConfig, guest: DefaultGuest, devices: Devices) -> bytes:
     """Our own: the agent as init, what it is to set up, and the modules for the devices that are there."""
-    if ARM64:
-        from kvmkit.machine.arm64.init import script
-        from kvmkit.machine.initramfs import ENVIRONMENT, build_initramfs
-
-        environment = {**ENVIRONMENT, **dict(config.environment)}
-        init = script(config.console_command, config.hostname, environment)
-        return build_initramfs(init, {}, busybox=guest.busybox.read_bytes(), applets=guest.applets)
     if config.modules:
         directory: Path | None = Path(config.modules)
     else:
@@ -144,7 +137,15 @@ def _board(
     if ARM64:
         from kvmkit.machine.arm64.board import Arm64Board
 
-        return Arm64Board(vm, memory_bytes=config.memory_bytes, cpus=config.cpus, serial_write=serial_write)
+        arm64_board = Arm64Board(
+            vm,
+            memory_bytes=config.memory_bytes,
+            cpus=config.cpus,
+            serial_write=serial_write,
+            devices=tuple(devices.virtio),
+        )
+        devices.virtio.clear()
+        return arm64_board
     from kvmkit.machine.x86.board import X86Board
 
     board = X86Board(

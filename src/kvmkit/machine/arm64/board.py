@@ -1,16 +1,16 @@
-"""The board: processors, GICv3 and timers from the engine, a serial port and a clock from here, as the boot protocol wants them.
-
-There is no virtio: its queues take loads and stores in order, which the native module does, and that isn't built for arm64.
-"""
+"""The board: processors, GICv3 and timers from the engine, devices from here, as the boot protocol wants them."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from kvmkit.devices import pl011, pl031
 from kvmkit.devices.bus import Buses
 from kvmkit.devices.pl011 import Pl011
 from kvmkit.devices.pl031 import Pl031
+from kvmkit.devices.virtio.device import VirtioDevice
+from kvmkit.devices.virtio.mmio import VirtioMmio
 from kvmkit.kvm import Device, GuestMemory, MemoryMap, Vcpu, Vm
 from kvmkit.kvm.exits import Io, Mmio
 from kvmkit.machine.arm64 import boot, layout
@@ -20,22 +20,35 @@ _PSTATE_EL1H, _PSTATE_DAIF = 5, 0xF << 6
 
 
 class Arm64Board:
-    """A board of `memory_bytes` of RAM, `cpus` processors, a serial port and a clock.
+    """A board of `memory_bytes` of RAM, `cpus` processors, a serial port, a clock and virtio devices.
 
     `mmio` carries out a vCPU's exits. Power-off and reset are PSCI calls, which the engine reports as system events.
     """
 
     def __init__(
-        self, vm: Vm, *, memory_bytes: int, cpus: int = 1, serial_write: Callable[[bytes], None]
+        self,
+        vm: Vm,
+        *,
+        memory_bytes: int,
+        cpus: int = 1,
+        serial_write: Callable[[bytes], None],
+        devices: Sequence[VirtioDevice] = (),
     ) -> None:
-        """Build it on `vm`, a new VM, which stays the caller's. `ValueError` for a size that can't be."""
+        """Build it on `vm`, a new VM, which stays the caller's. `ValueError` for a size that can't be.
+
+        `devices` become the board's to close, if it can be built at all.
+        """
         layout.check_ram(memory_bytes)
+        if len(devices) > layout.MAX_VIRTIO:
+            raise ValueError(f"{len(devices)} virtio devices: this board has room for {layout.MAX_VIRTIO}")
         if not 1 <= cpus <= layout.MAX_CPUS:
             raise ValueError(f"{cpus} processors: this board has from 1 to {layout.MAX_CPUS}")
         self.memory_bytes = memory_bytes
         self.memory = MemoryMap()
         self.vcpus: list[Vcpu] = []
         self._gic: Device | None = None
+        self._transports = ExitStack()
+        self._virtio = len(devices)
         self._buses = Buses()
         self.pio: Callable[[Io], None] = self._buses.pio
         self.mmio: Callable[[Mmio], None] = self._buses.mmio
@@ -57,13 +70,16 @@ class Arm64Board:
                     init.features[0] |= 1 << arm64.KVM_ARM_VCPU_POWER_OFF
                 vcpu.arm_vcpu_init(init)
             self._gic = _create_gic(vm)
+            for i, device in enumerate(devices):  # their interrupts take a GIC that is there
+                self._add_virtio(vm, i, device)
         except BaseException:
             self.close()
             raise
 
     def load_linux(self, kernel: str | Path, initrd: bytes | str | Path | None, cmdline: str) -> None:
         """Load a kernel (see `boot.load_linux`) and set the first processor to its entry; the others are off."""
-        entry = boot.load_linux(self.memory, self.memory_bytes, len(self.vcpus), kernel, initrd, cmdline)
+        cpus = len(self.vcpus)
+        entry = boot.load_linux(self.memory, self.memory_bytes, cpus, kernel, initrd, cmdline, self._virtio)
         vcpu = self.vcpus[0]
         vcpu.set_one_reg(arm64.REG_PSTATE, _PSTATE_DAIF | _PSTATE_EL1H)
         vcpu.set_one_reg(arm64.REG_PC, entry.pc)
@@ -77,11 +93,19 @@ class Arm64Board:
     def close(self) -> None:
         """Release processors and memory, none of them running any more. The VM is to be closed as well."""
         self.serial.close()
+        self._transports.close()
         if self._gic is not None:
             self._gic.close()
         for vcpu in self.vcpus:
             vcpu.close()
         self.memory.close()
+
+    def _add_virtio(self, vm: Vm, i: int, device: VirtioDevice) -> None:
+        """On arm64 a GSI is, unless routed otherwise, an SPI counted from the first."""
+        base = layout.VIRTIO_MMIO + i * layout.VIRTIO_BYTES
+        transport = VirtioMmio(device, vm, self.memory, base=base, gsi=layout.FIRST_VIRTIO_SPI + i)
+        self._transports.callback(transport.close)
+        self._buses.memory.register(base, layout.VIRTIO_BYTES, transport)
 
 
 def _create_gic(vm: Vm) -> Device:

@@ -81,8 +81,10 @@ def load_linux(
     kernel: str | Path,
     initrd: bytes | str | Path | None,
     cmdline: str,
+    virtio: int = 0,
 ) -> Entry:
-    """Load `kernel`, `initrd` (its bytes or a path) and a device tree with `cmdline` for a board of `memory_bytes` and `cpus`.
+    """Load `kernel`, `initrd` (its bytes or a path) and a device tree with `cmdline` for a board of `memory_bytes`, `cpus` and
+    as many `virtio` devices.
 
     `KernelError` names what is wrong with them; `OSError` comes from reading.
     """
@@ -98,7 +100,7 @@ def load_linux(
     with KernelFile(kernel) as file:
         pc, end = _load_image(memory, ram_end, file)
     initrd_range = None if initrd is None else _load_initrd(memory, ram_end, end, initrd)
-    memory.write(layout.FDT, fdt.build(memory_bytes, cpus, raw, initrd_range))
+    memory.write(layout.FDT, fdt.build(memory_bytes, cpus, raw, initrd_range, virtio))
     return Entry(pc, layout.FDT)
 
 

@@ -11,7 +11,7 @@ from kvmkit.machine.errors import KernelError
 _GIC, _CLOCK = 1, 2
 """Phandles."""
 _SPI, _PPI = 0, 1
-_LEVEL_HIGH = 4
+_EDGE_RISING, _LEVEL_HIGH = 1, 4
 _CLOCK_HZ = 24_000_000
 _KASLR_SEED_BYTES, _RNG_SEED_BYTES = 8, 32
 
@@ -19,8 +19,10 @@ _Value = str | bytes | bool | int | Sequence[str] | Sequence[int]
 _Properties = dict[str, _Value]
 
 
-def build(memory_bytes: int, cpus: int, cmdline: bytes, initrd: tuple[int, int] | None = None) -> bytes:
-    """Return the tree of a board of `memory_bytes` and `cpus`; `initrd` is address and size in bytes.
+def build(
+    memory_bytes: int, cpus: int, cmdline: bytes, initrd: tuple[int, int] | None = None, virtio: int = 0
+) -> bytes:
+    """Return the tree of a board of `memory_bytes`, `cpus` and as many `virtio` devices; `initrd` is address and size in bytes.
 
     It holds fresh seeds for the guest's random numbers. `KernelError` if it gets too long, which is the command line's fault.
     """
@@ -65,6 +67,8 @@ def build(memory_bytes: int, cpus: int, cmdline: bytes, initrd: tuple[int, int] 
     root.append(_node("apb-pclk", clock))
     root.append(_node(f"pl011@{layout.PL011:x}", serial))
     root.append(_node(f"pl031@{layout.PL031:x}", rtc))
+    for i in range(virtio):
+        root.append(_virtio(i))
     tree = fdt.FDT()
     tree.header.version = fdt.Header.MAX_VERSION
     tree.header.last_comp_version = 16
@@ -127,6 +131,18 @@ def _gic(cpus: int) -> fdt.Node:
         "phandle": _GIC,
     }
     return _node(f"intc@{layout.GICD:x}", gic)
+
+
+def _virtio(i: int) -> fdt.Node:
+    """A device (Documentation/devicetree/bindings/virtio/mmio.yaml), which reads and writes through the host's caches, as the guest does."""
+    base = layout.VIRTIO_MMIO + i * layout.VIRTIO_BYTES
+    device: _Properties = {
+        "compatible": "virtio,mmio",
+        "reg": _cells64(base, layout.VIRTIO_BYTES),
+        "interrupts": [_SPI, layout.FIRST_VIRTIO_SPI + i, _EDGE_RISING],
+        "dma-coherent": True,
+    }
+    return _node(f"virtio_mmio@{base:x}", device)
 
 
 def _node(name: str, properties: _Properties) -> fdt.Node:

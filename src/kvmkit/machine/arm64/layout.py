@@ -15,6 +15,11 @@ MAX_CPUS = 64
 PL011, PL011_SPI = 0x09000000, 1
 PL031 = 0x09010000
 
+VIRTIO_MMIO, VIRTIO_BYTES = 0x0A000000, 0x1000
+"""A virtio device's registers, in order."""
+FIRST_VIRTIO_SPI, MAX_VIRTIO = 16, 32
+"""As many as there are SPIs from there on."""
+
 RAM = 1 << 30
 RAM_MAX_BYTES = (1 << 40) - RAM
 """A VM of KVM's default type has guest physical addresses of 40 bits."""
@@ -27,8 +32,8 @@ KERNEL_WINDOW_BYTES = 32 << 30
 
 # Interrupts. KVM_IRQ_LINE and irqfd count from the first SPI, the device tree counts SPIs and PPIs apart.
 FIRST_SPI = 32
-NR_IRQS = 64
-"""What the distributor knows, SGIs and PPIs included: the fewest that a GICv3 can have."""
+NR_IRQS = 96
+"""What the distributor knows, SGIs and PPIs included: a multiple of 32, 64 at the least."""
 # PPIs of the architected timer (Arm Base System Architecture, "Clock and Timer Subsystem"; KVM's defaults).
 TIMER_SECURE_PPI, TIMER_PHYSICAL_PPI, TIMER_VIRTUAL_PPI, TIMER_HYPERVISOR_PPI = 13, 14, 11, 10
 
