@@ -1,10 +1,14 @@
 """A tiny arm64 guest: a few instructions by their encodings (Arm ARM, section C6.2), and a VM that runs them."""
 
+import ctypes
 from types import TracebackType
 from typing import Self
 
-from kvmkit.kvm import GuestMemory, Kvm, Vcpu, Vm
+import pytest
+
+from kvmkit.kvm import Device, GuestMemory, Kvm, Vcpu, Vm
 from kvmkit.uapi import arm64
+from kvmkit.uapi import common as c
 
 MEMORY = 0x40000000
 MEMORY_BYTES = 0x100000
@@ -12,6 +16,9 @@ CODE = MEMORY
 DATA = MEMORY + 0x80000
 UART = 0x09000000
 """No memory: accesses exit."""
+
+DIST, REDIST, ITS = 0x08000000, 0x080A0000, 0x08080000
+"""The interrupt controller's: see `vgic`."""
 
 NOP, WFI, HVC, ERET, ISB = 0xD503201F, 0xD503207F, 0xD4000002, 0xD69F03E0, 0xD5033FDF
 RET, LOOP = 0xD65F03C0, 0x14000000  # LOOP: b .
@@ -29,6 +36,11 @@ def mov(register: int, value: int) -> list[int]:
 def store(address: int, value: int) -> list[int]:
     """Store 32 bits; changes x0 and x1."""
     return [*mov(0, address), *mov(1, value), 0xB9000001]
+
+
+def store64(address: int, value: int) -> list[int]:
+    """Store 64 bits; changes x0 and x1."""
+    return [*mov(0, address), *mov(1, value), 0xF9000001]
 
 
 def load(address: int, register: int = 2) -> list[int]:
@@ -107,3 +119,22 @@ class Arm64Guest:
     ) -> None:
         """Close."""
         self.close()
+
+
+def set_u64(device: Device, group: int, attr: int, value: int) -> None:
+    """Set an attribute that is an address or a register."""
+    number = ctypes.c_uint64(value)
+    device.set_device_attr(group, attr, ctypes.addressof(number))
+
+
+def vgic(guest: Arm64Guest, init: bool = False) -> Device:
+    """A GICv3, or skip."""
+    try:
+        device = guest.vm.create_device(c.KVM_DEV_TYPE_ARM_VGIC_V3)
+    except OSError as error:
+        pytest.skip(f"linux: no VGICv3: {error.strerror}")
+    set_u64(device, arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_DIST, DIST)
+    set_u64(device, arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_REDIST, REDIST)
+    if init:
+        device.set_device_attr(arm64.KVM_DEV_ARM_VGIC_GRP_CTRL, arm64.KVM_DEV_ARM_VGIC_CTRL_INIT)
+    return device

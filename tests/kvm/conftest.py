@@ -19,10 +19,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(evidence.Plugin())
     watched = [import_module("kvmkit.kvm.linux.main")]
     watched.append(import_module(f"kvmkit.kvm.linux.{'arm64' if os.uname().machine == 'aarch64' else 'x86'}"))
-    if find_spec("kvmkit._engine") is not None:
+    if os.uname().machine == "x86_64" and find_spec("kvmkit._engine") is not None:
         watched.append(import_module("kvmkit.kvm.soft.main"))
     for module in watched:
         evidence.watch(module)
+
+
+@pytest.fixture
+def system() -> Iterator[Kvm]:
+    """``/dev/kvm`` of an arm64 machine."""
+    if os.uname().machine != "aarch64":
+        pytest.skip("not an arm64 machine")
+    try:
+        opened = kvmkit.kvm.open("linux")
+    except OSError as error:
+        pytest.skip(f"linux: {error.strerror}")
+    with opened:
+        yield opened
 
 
 # A test bed has the kernel's KVM alone to test.

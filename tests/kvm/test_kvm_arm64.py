@@ -2,12 +2,10 @@
 
 import ctypes
 import errno
-import os
 from collections.abc import Iterator
 
 import pytest
 
-import kvmkit.kvm
 from kvmkit.kvm import GuestMemory, Kvm, Vcpu, Vm, probe
 from kvmkit.kvm.exits import Intr, Mmio, SystemEvent
 from kvmkit.uapi import arm64, common
@@ -26,19 +24,6 @@ PROGRAM = [
     0x72800100,  # movk w0, #8: PSCI SYSTEM_OFF
     0xD4000002,  # hvc #0
 ]
-
-
-@pytest.fixture
-def system() -> Iterator[Kvm]:
-    """``/dev/kvm`` of an arm64 machine."""
-    if os.uname().machine != "aarch64":
-        pytest.skip("not an arm64 machine")
-    try:
-        kvm = kvmkit.kvm.open("linux")
-    except OSError as error:
-        pytest.skip(f"linux: {error.strerror}")
-    with kvm:
-        yield kvm
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-import kvmkit.kvm
 from kvmkit.kvm import Device, Kvm, irqchip_route
 from kvmkit.kvm.exits import Debug, Intr, Mmio, SystemEvent
 from kvmkit.kvm.stats import read_stats
@@ -24,6 +23,8 @@ from kvmkit.uapi.capabilities import (
 from .arm64_guest import (
     CODE,
     DATA,
+    DIST,
+    ITS,
     MEMORY,
     MEMORY_BYTES,
     NOP,
@@ -34,24 +35,11 @@ from .arm64_guest import (
     mrs,
     stop,
     store,
+    vgic,
 )
 
 PAGES = MEMORY_BYTES >> 12
 DATA_PAGE = DATA - MEMORY >> 12
-DIST, REDIST, ITS = 0x08000000, 0x080A0000, 0x08080000
-
-
-@pytest.fixture
-def system() -> Iterator[Kvm]:
-    """``/dev/kvm`` of an arm64 machine."""
-    if os.uname().machine != "aarch64":
-        pytest.skip("not an arm64 machine")
-    try:
-        kvm = kvmkit.kvm.open("linux")
-    except OSError as error:
-        pytest.skip(f"linux: {error.strerror}")
-    with kvm:
-        yield kvm
 
 
 @pytest.fixture
@@ -276,25 +264,6 @@ def test_vcpu_attributes(system: Kvm) -> None:
             again = ctypes.c_int()
             guest.vcpu.get_device_attr(group, attr, ctypes.addressof(again))
             assert again.value == 23
-
-
-def set_u64(device: Device, group: int, attr: int, value: int) -> None:
-    """Set an attribute that is an address or a register."""
-    number = ctypes.c_uint64(value)
-    device.set_device_attr(group, attr, ctypes.addressof(number))
-
-
-def vgic(guest: Arm64Guest, init: bool = False) -> Device:
-    """A GICv3, or skip."""
-    try:
-        device = guest.vm.create_device(c.KVM_DEV_TYPE_ARM_VGIC_V3)
-    except OSError as error:
-        pytest.skip(f"linux: no VGICv3: {error.strerror}")
-    set_u64(device, arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_DIST, DIST)
-    set_u64(device, arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_REDIST, REDIST)
-    if init:
-        device.set_device_attr(arm64.KVM_DEV_ARM_VGIC_GRP_CTRL, arm64.KVM_DEV_ARM_VGIC_CTRL_INIT)
-    return device
 
 
 def distributor(device: Device, offset: int) -> int:

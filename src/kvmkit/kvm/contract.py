@@ -699,8 +699,9 @@ def irqchip_route(gsi: int, irqchip: int, pin: int) -> common.kvm_irq_routing_en
     return entry
 
 
-def msi_route(gsi: int, address: int, data: int) -> common.kvm_irq_routing_entry:
-    """Make a routing entry that makes `gsi` send an MSI of `data` to `address`."""
-    entry = common.kvm_irq_routing_entry(gsi=gsi, type=common.KVM_IRQ_ROUTING_MSI)
-    entry.u.msi = common.kvm_irq_routing_msi(address & 0xFFFFFFFF, address >> 32, data)
+def msi_route(gsi: int, address: int, data: int, devid: int | None = None) -> common.kvm_irq_routing_entry:
+    """Make a routing entry that makes `gsi` send an MSI of `data` to `address`, as from device `devid`, which arm64's ITS wants."""
+    flags = 0 if devid is None else common.KVM_MSI_VALID_DEVID
+    entry = common.kvm_irq_routing_entry(gsi=gsi, type=common.KVM_IRQ_ROUTING_MSI, flags=flags)
+    entry.u.msi = common.kvm_irq_routing_msi(address & 0xFFFFFFFF, address >> 32, data, devid or 0)
     return entry
