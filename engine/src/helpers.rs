@@ -4,12 +4,13 @@
 //! block at the guest's rip, or the thunk that leaves translated code with `Cpu::leave` telling why.
 
 use crate::cache::{Key, Target, revoke_writes};
-use crate::cpu::{Cpu, Exception, Exit, Stop, Vcpu, rflags};
+use crate::cpu::{Cpu, Exception, Exit, RSP, Res, Stop, Vcpu, rflags};
 use crate::mem::{CodePages, LOG_DIRTY};
 use crate::run::{self, leave};
 use crate::stats::vcpu as counter;
 use crate::translate::{Decoded, Mode};
 use crate::{access, exception, interp, mmu, thunks};
+use iced_x86::FlowControl;
 
 /// Longest stretch of guest code that one block is translated from.
 const WINDOW_BYTES: usize = 320;
@@ -128,14 +129,37 @@ pub unsafe extern "C" fn step(cpu: *mut Cpu, rip: u64, _: u64, _: u64) -> u64 {
     go_on(v, result)
 }
 
-/// Indirect jump to `target` that the jump table does not hold.
-pub unsafe extern "C" fn indirect(cpu: *mut Cpu, target: u64, _: u64, _: u64) -> u64 {
+/// Indirect jump, call or return to `target` that the jump table does not hold.
+pub unsafe extern "C" fn indirect(cpu: *mut Cpu, target: u64, _: u64, return_pc: u64) -> u64 {
     // SAFETY: called by a thunk.
     let v = unsafe { vcpu(cpu) };
     v.shared.stats.count(counter::INDIRECT);
-    v.cpu.rip = target;
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
+    if !mmu::is_canonical(target) {
+        let place = v.vm.cache.lock().unwrap().guest_rip(return_pc);
+        let Some((rip, _)) = place else {
+            return leave_with(v, Exit::InternalError("translated code lost its place".into()));
+        };
+        let result = not_taken(v, rip);
+        return go_on(v, result);
+    }
+    v.cpu.rip = target;
     go_on(v, Ok(()))
+}
+
+/// What leads to an address that is not canonical faults itself, with the stack as it was (Intel SDM volume 2, JMP, CALL
+/// and RET). The block has done it but for the jump: undo that, and let the interpreter find out.
+fn not_taken(v: &mut Vcpu, rip: u64) -> Res<()> {
+    v.cpu.rip = rip;
+    let (i, bytes) = interp::decode(v)?;
+    let popped = match i.flow_control() {
+        FlowControl::Return if i.op_count() == 1 => 8 + i.immediate16() as u64,
+        FlowControl::Return => 8,
+        FlowControl::IndirectCall => 8u64.wrapping_neg(),
+        _ => 0,
+    };
+    v.cpu.gpr[RSP] = v.cpu.gpr[RSP].wrapping_sub(popped);
+    interp::run_decoded(v, &i, &bytes)
 }
 
 /// Something wants attention at the start of the block at `rip`.
