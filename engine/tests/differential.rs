@@ -34,9 +34,11 @@ const STACK_BYTES: usize = 0x8000;
 /// The guest's code ends with INT of this.
 const END: u8 = 0x99;
 
-/// Pages of the data that are absent, and read-only, in cases with faults.
+/// Pages of the data that are absent, and read-only, in cases with faults; the read-only one has an absent one behind it.
 const ABSENT: u64 = DATA + 0x2000;
 const READ_ONLY: u64 = DATA + 0x5000;
+const ABSENT_BEHIND: u64 = READ_ONLY + 0x1000;
+const ALL_ABSENT: [u64; 2] = [ABSENT, ABSENT_BEHIND];
 
 /// Registers that point to data, and small ones that are added to them: never written.
 const POINTERS: [Register; 3] = [Register::RBX, Register::R9, Register::R13];
@@ -261,7 +263,7 @@ struct Case {
     state: State,
     data: Vec<u8>,
     stack: Vec<u8>,
-    /// `ABSENT` and `READ_ONLY` are.
+    /// `ALL_ABSENT` and `READ_ONLY` are.
     faults: bool,
 }
 
@@ -307,12 +309,14 @@ impl Case {
         tail.extend((native::exit as *const () as u64).to_le_bytes());
         self.load(&tail);
         if self.faults {
-            REGION.protect(ABSENT, 4096, libc::PROT_NONE);
+            for page in ALL_ABSENT {
+                REGION.protect(page, 4096, libc::PROT_NONE);
+            }
             REGION.protect(READ_ONLY, 4096, libc::PROT_READ);
         }
         let result = run(&self.state);
         if self.faults {
-            for page in [ABSENT, READ_ONLY] {
+            for page in [ABSENT, READ_ONLY, ABSENT_BEHIND] {
                 REGION.protect(page, 4096, libc::PROT_READ | libc::PROT_WRITE);
             }
         }
@@ -322,7 +326,9 @@ impl Case {
     /// Prepare the vCPU: rip at the code.
     fn start(&self, v: &mut Vcpu) {
         self.load(&[0xcd, END]);
-        REGION.write(page_entry(ABSENT), &(ABSENT | if self.faults { 0x66 } else { 0x67 }).to_le_bytes());
+        for page in ALL_ABSENT {
+            REGION.write(page_entry(page), &(page | if self.faults { 0x66 } else { 0x67 }).to_le_bytes());
+        }
         REGION.write(page_entry(READ_ONLY), &(READ_ONLY | if self.faults { 0x65 } else { 0x67 }).to_le_bytes());
         mmu::flush_all(v);
         let vm = v.vm.clone();
