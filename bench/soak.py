@@ -47,7 +47,7 @@ def on_another(reference: str, seed: int, cases: int, seconds: float) -> int:
         name = kernel_kvm()
         rules, modes = KVM[name]
         print(f"the kernel's KVM: {name}; modes {' '.join(modes)}", flush=True)
-        comparison = Comparison(soft.run, Machine(kvmkit.kvm.open("linux")).run, rules)
+        comparison = Comparison(soft.run, Machine(kvmkit.kvm.open("linux"), fresh=True).run, rules)
     found, start, told = 0, time.monotonic(), time.monotonic()
     for number in range(seed, seed + cases):
         if report := comparison.run(number, modes):

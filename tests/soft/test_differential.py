@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 import kvmkit.kvm
+from kvmkit.testing.assembler import assemble
+from kvmkit.testing.differential import code as c
 from kvmkit.testing.differential.cases import MODES, make
 from kvmkit.testing.differential.code import Item
 from kvmkit.testing.differential.compare import Comparison, before_delivery
@@ -76,3 +78,17 @@ def test_frames_are_read_back(machine: Machine) -> None:
             ignored = 1 << 16 if name == "rflags" else 0
             assert outcome.values[name] & ~ignored == case.registers[name], (mode, name)
         assert outcome.values["cs"] == case.segments["cs"].selector
+
+
+@pytest.mark.parametrize("source", ("jmp rax", "call rax", "push rax; ret", "push rax; ret 8"))
+def test_a_jump_to_nowhere_faults_itself(machine: Machine, source: str) -> None:
+    """What leads to an address that isn't canonical is #GP there, with the stack as it was (SDM 2, JMP, CALL, RET)."""
+    text = f"mov rax, 0x1234567812345678; {source}"
+    case = make(3, ("long",)).only((Item(text, "call", assemble(text.replace(";", "\n"))),))
+    rip = c.CODE + 0x10
+    case.registers.update(rip=rip, rflags=2, rsp=c.USER_STACK + 0x800)
+    outcome = before_delivery(machine.run(case))
+    pushed = 8 * source.count("push")
+    assert (outcome.vector, outcome.values["error code"]) == (13, 0)
+    assert outcome.values["rip"] == rip + 10 + pushed // 8
+    assert outcome.values["rsp"] == c.USER_STACK + 0x800 - pushed

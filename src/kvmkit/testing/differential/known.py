@@ -4,6 +4,7 @@ The references are QEMU's TCG in two ages: Unicorn 2 is made of QEMU 5, and the 
 QEMU 7. "SDM" is Intel's Software Developer's Manual, Volume 2 under the instruction's name unless said otherwise.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,21 @@ def _tss_in_ldt(case: Case, ours: Outcome, theirs: Outcome, found: Differences) 
     return (ours.vector, theirs.vector) == (13, 10) and bool(ours.values["error code"] & 4)
 
 
+def _time(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return set(found) <= {"rax", "rdx"} and contains("0f31")(case, ours, theirs, found)
+
+
+def _small_system_segments(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    for item in case.items:
+        match = re.match(r"mov cx, (\d+); (lar|lsl) ", item.source)
+        if match and case.mode.long:
+            selector = int(match[1])
+            at = (c.LDT if selector & 4 else c.GDT) + (selector & 0xFFF8)
+            if at < c.MEMORY_BYTES - 8 and case.memory[at + 5] & 0x1F in (1, 3, 4, 5, 6, 7):
+                return True
+    return False
+
+
 def _code_both_ways(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     selector = ours.values.get("error code", 0) & 0xFFFC
     table = c.LDT if selector & 4 else c.GDT
@@ -192,17 +208,66 @@ UNICORN = (
     Rule("targets", "a jump to an address that isn't canonical faults at the jump (JMP, CALL, RET); Unicorn's at the target", _target),
     Rule("stack addresses", "those that aren't canonical are #SS (SDM 3, 6.15); #GP in Unicorn", _stack_address),
     Rule("flags of the second page", "that it is accessed and dirty, where the first page of an operand faults (docs/engine.md)", _second_page),
+    Rule("the time", "RDTSC reads another time", _time),
+    Rule("LAR of 16-bit system segments", "there are none in IA-32e mode (LAR, LSL: table of types)", _small_system_segments),
     Rule("a TSS in the LDT", "JMP and CALL are #GP there, only IRET is #TS (SDM 3, 7.2.2); #TS in Unicorn", _tss_in_ldt),
 )  # fmt: skip
 
-AMD = ()
 
-PVM = ()
+def _supervisor(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return not case.user
+
+
+USER_KINDS = frozenset(
+    [
+        "binary",
+        "unary",
+        "shift",
+        "double_shift",
+        "multiply",
+        "divide",
+        "bits",
+        "exchange",
+        "extend",
+        "condition",
+        "flags",
+        "stack",
+        "string",
+        "call",
+        "other",
+    ]
+)
+
+
+def _system_code(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return any(item.kind not in USER_KINDS for item in case.items)
+
+
+def _flags_of_pvm(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    for name, (a, b) in found.items():
+        if name.startswith("memory"):
+            if (a ^ b) & ~0x72:
+                return False
+        elif name != "rflags" or (a ^ b) & ~0x17200:
+            return False
+    return True
+
+
+COMMON = tuple(
+    rule for rule in UNICORN if rule.name in ("HLT and TF", "flags of the second page", "the time")
+)
+AMD = COMMON
+PVM = (
+    *COMMON,
+    Rule("supervisor code", "is run by KVM's instruction emulator, which is no processor", _supervisor),
+    Rule("system instructions", "in user mode meet the host's descriptor tables, I/O rights and control registers", _system_code),
+    Rule("flags of user mode", "run with IOPL 0, IF set and NT clear, whatever the guest's flags are", _flags_of_pvm),
+)  # fmt: skip
 
 KVM = {
     "kvm_amd": (AMD, tuple(MODES)),
-    "kvm_intel": ((), tuple(MODES)),
-    "kvm_pvm": (PVM, ("real", "long")),
+    "kvm_intel": (COMMON, tuple(MODES)),
+    "kvm_pvm": (PVM, ("long",)),
 }
 """Rules, and modes in which it may serve as a reference, by the kernel's module."""
 

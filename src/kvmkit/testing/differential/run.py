@@ -55,17 +55,20 @@ def segment_of(segment: Segment) -> x86.kvm_segment:
 
 
 class Machine:
-    """A VM that runs one case after the other."""
+    """A VM that runs one case after the other; or, if `fresh`, a new one for each.
 
-    def __init__(self, kvm: Kvm) -> None:
-        self.kvm = kvm
+    The kernel's KVM wants new ones where it shadows page tables: it doesn't see that the host writes to them.
+    """
+
+    def __init__(self, kvm: Kvm, fresh: bool = False) -> None:
+        self.kvm, self.fresh = kvm, fresh
         self.memory: GuestMemory
         self.map: MemoryMap
         self.vm: Vm | None = None
         self.vcpu: Vcpu | None = None
 
     def _fresh(self) -> Vcpu:
-        if self.vcpu is not None:
+        if self.vcpu is not None and not self.fresh:
             return self.vcpu
         self._drop()
         self.memory, self.map = GuestMemory(c.MEMORY_BYTES), MemoryMap()
