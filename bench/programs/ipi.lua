@@ -47,7 +47,7 @@ pin(0)
 C.read(back[0], byte, 1)
 local times = {}
 for i = 1, count + count / 10 do
-  if mode == "halted" then C.usleep(200) end -- until the other CPU sleeps again
+  C.usleep(100) -- halted: until the other CPU sleeps again; busy: so that there are samples of many moments
   local start = now()
   if mode == "busy" then
     membarrier(GLOBAL_EXPEDITED)
