@@ -210,7 +210,11 @@ FAILED = ("failure", "error")
 def python_module(place: Place, module: str, matches: Sequence[str] = ()) -> tuple[Done, dict[str, str]]:
     """Run a module; each test's result: passed, skipped, failure or error."""
     place.write(REPORT, b"")
-    options = [word for match in matches for word in ("-m", match)]
+    options = [
+        "-i",
+        "*VSOCK*",
+    ]  # which waits for ever, if the machine is a guest itself and its host has no answer
+    options += [word for match in matches for word in ("-m", match)]
     done = place.run(
         ["python3", "-m", "test", "--timeout", str(LIMIT_S), "--junit-xml", REPORT, *options, module]
     )
