@@ -35,7 +35,7 @@ ACCESSES: tuple[tuple[bool, AccessKind], ...] = (
 VALID, TABLE, AF = 1 << 0, 1 << 1, 1 << 10
 GRANULES = {"4K": (12, 2, 28), "16K": (14, 1, 20), "64K": (16, 3, 24)}
 """Granule → its bits, its TCR_EL1.TG1, where ID_AA64MMFR0_EL1 says whether the processor has it."""
-CASES = 300
+CASES = 150
 PA_BITS = (32, 36, 40, 42, 44, 48)
 
 
