@@ -3,9 +3,10 @@
 //! All take linear addresses and an MMU mode (`cpu::mmu_mode`). A read or write either happens as a whole or
 //! stops the instruction before it changed anything; see `IoState` for how devices fit in.
 
-use crate::cpu::{Cpu, Exception, Exit, Res, Source, TlbEntry, Vcpu, cr0, mmu_mode, rflags};
+use crate::cpu::{Cpu, Exception, Exit, Res, Source, Stop, TlbEntry, Vcpu, cr0, mmu_mode, rflags};
 use crate::debug::{self, Kind};
 use crate::dirty;
+use crate::guest::{self, Gone};
 use crate::mem::{LOG_DIRTY, READONLY, Slot};
 use crate::mmu::{self, Intent};
 
@@ -67,7 +68,7 @@ pub fn read_part(vcpu: &mut Vcpu, la: u64, to: &mut [u8], mode: usize) -> Res<()
     debug::access(vcpu, Kind::Read, la, len);
     if let Some(p) = hit(&vcpu.cpu, la, len, mode, |e| e.read) {
         // SAFETY: the TLB holds pages of guest memory only; the access lies within one.
-        unsafe { copy_from_guest(p, to) };
+        unsafe { copy_from_guest(vcpu, p, to)? };
         return Ok(());
     }
     let mut gpas = [0u64; 2];
@@ -95,7 +96,7 @@ pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
     }
     if let Some(p) = vcpu.slots.hva(gpa, to.len() as u64) {
         // SAFETY: inside a slot.
-        unsafe { copy_from_guest(p, to) };
+        unsafe { copy_from_guest(vcpu, p, to)? };
         return Ok(());
     }
     for (n, part) in to.chunks_mut(FRAGMENT_BYTES).enumerate() {
@@ -146,14 +147,31 @@ pub fn write_part(vcpu: &mut Vcpu, la: u64, from: &[u8], mode: usize) -> Res<()>
     debug::access(vcpu, Kind::Write, la, from.len());
     if let Some(p) = hit(&vcpu.cpu, la, from.len(), mode, |e| e.write) {
         // SAFETY: as in `read`; a write tag says that nobody else need know.
-        unsafe { copy_to_guest(from, p) };
+        unsafe { copy_to_guest(vcpu, from, p)? };
         return Ok(());
     }
     check_pages(vcpu, la, from.len() as u64, Intent::Write, mode)?;
+    if (la & 0xfff) as usize + from.len() > 4096 {
+        check_there(vcpu, la, from.len(), mode)?;
+    }
     for (offset, n) in parts(la, from.len()) {
         let here = la.wrapping_add(offset as u64);
         let gpa = mmu::walk(vcpu, here, Intent::Write, mode)?.gpa + (here & 0xfff);
         write_physical(vcpu, gpa, &from[offset..offset + n])?;
+    }
+    Ok(())
+}
+
+/// Fail if one of several pages is gone, before the others are written.
+fn check_there(vcpu: &mut Vcpu, la: u64, len: usize, mode: usize) -> Res<()> {
+    for (offset, _) in parts(la, len) {
+        let here = la.wrapping_add(offset as u64);
+        let gpa = mmu::walk(vcpu, here, Intent::Write, mode)?.gpa + (here & 0xfff);
+        let slot = vcpu.slots.find(gpa).filter(|s| s.flags & READONLY == 0);
+        if let Some(p) = slot.and_then(|_| vcpu.slots.hva(gpa, 1)) {
+            // SAFETY: in a slot. A byte that is 0 becomes 0, any other stays.
+            unsafe { guest::swap1(p, 0, 0) }.map_err(|Gone| gone(vcpu, p))?;
+        }
     }
     Ok(())
 }
@@ -167,7 +185,7 @@ pub fn write_physical(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<()> {
     match slot.and_then(|s| Some((s, vcpu.slots.hva(gpa, from.len() as u64)?))) {
         Some((slot, p)) => {
             // SAFETY: inside a slot.
-            unsafe { copy_to_guest(from, p) };
+            unsafe { copy_to_guest(vcpu, from, p)? };
             written(vcpu, &slot, gpa, from.len() as u64);
         }
         None => {
@@ -209,35 +227,23 @@ pub fn direct(vcpu: &mut Vcpu, la: u64, len: u64, mode: usize) -> Res<Option<(*m
     Ok(vcpu.slots.hva(gpa, len).map(|p| (p, slot, gpa)))
 }
 
-/// # Safety
-/// `from` points to as many bytes of guest memory.
-unsafe fn copy_from_guest(from: *const u8, to: &mut [u8]) {
-    // Naturally aligned accesses are single ones, as on the processor.
-    // SAFETY: by the caller; guest memory may change under us, which raw volatile reads tolerate.
-    unsafe {
-        match to.len() {
-            1 => to[0] = from.read_volatile(),
-            2 => to.copy_from_slice(&from.cast::<[u8; 2]>().read_volatile()),
-            4 => to.copy_from_slice(&from.cast::<u32>().read_unaligned().to_ne_bytes()),
-            8 => to.copy_from_slice(&from.cast::<u64>().read_unaligned().to_ne_bytes()),
-            n => std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), n),
-        }
-    }
+/// What happens to an instruction for which the host memory at `p` is gone.
+fn gone(vcpu: &Vcpu, p: *const u8) -> Stop {
+    Exception::memory_fault(vcpu.slots.page_at(p as u64).unwrap_or(0)).into()
 }
 
 /// # Safety
-/// `to` points to as many bytes of guest memory.
-unsafe fn copy_to_guest(from: &[u8], to: *mut u8) {
+/// `from` points to as many bytes of a slot.
+unsafe fn copy_from_guest(vcpu: &Vcpu, from: *const u8, to: &mut [u8]) -> Res<()> {
     // SAFETY: by the caller.
-    unsafe {
-        match from.len() {
-            1 => to.write_volatile(from[0]),
-            2 => to.cast::<u16>().write_unaligned(u16::from_ne_bytes([from[0], from[1]])),
-            4 => to.cast::<u32>().write_unaligned(u32::from_ne_bytes(from.try_into().unwrap())),
-            8 => to.cast::<u64>().write_unaligned(u64::from_ne_bytes(from.try_into().unwrap())),
-            n => std::ptr::copy_nonoverlapping(from.as_ptr(), to, n),
-        }
-    }
+    unsafe { guest::copy(to.as_mut_ptr(), from, to.len()) }.map_err(|Gone| gone(vcpu, from))
+}
+
+/// # Safety
+/// `to` points to as many bytes of a slot.
+unsafe fn copy_to_guest(vcpu: &Vcpu, from: &[u8], to: *mut u8) -> Res<()> {
+    // SAFETY: by the caller.
+    unsafe { guest::copy(to, from.as_ptr(), from.len()) }.map_err(|Gone| gone(vcpu, to))
 }
 
 macro_rules! typed {

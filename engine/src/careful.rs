@@ -186,6 +186,7 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
             result => result,
         };
         match page_there {
+            Err(e) if e.is_memory_fault() => return Err(e.into()),
             Err(e) => {
                 stage.hide(page);
                 faults[page] = Some(e);

@@ -364,6 +364,15 @@ impl Exception {
     pub const fn gp(error: u32) -> Self {
         Self::with_error(13, error)
     }
+    /// None of the processor's: stands for `Exit::MemoryFault`, which it becomes as a `Stop`.
+    pub const fn memory_fault(gpa: u64) -> Self {
+        Self { vector: 14, error: Some(Self::MEMORY_FAULT), payload: gpa & !0xfff, software: false }
+    }
+    /// No #PF has that error code.
+    const MEMORY_FAULT: u32 = u32::MAX;
+    pub const fn is_memory_fault(&self) -> bool {
+        matches!(self.error, Some(Self::MEMORY_FAULT))
+    }
     pub const fn page_fault(error: u32, cr2: u64) -> Self {
         Self { vector: 14, error: Some(error), payload: cr2, software: false }
     }
@@ -401,6 +410,10 @@ pub enum Exit {
     Intr,
     /// Not for user space: signals are due for a look (`request::SIGNALS`).
     Signals,
+    /// The host memory behind the page at `gpa` cannot be accessed: KVM_RUN fails with EFAULT.
+    MemoryFault {
+        gpa: u64,
+    },
     /// Nothing runs before entries of the dirty ring are handed back.
     DirtyRingFull,
     /// A level-triggered vector ended; the IOAPIC is told.
@@ -433,6 +446,9 @@ pub enum Stop {
 }
 impl From<Exception> for Stop {
     fn from(e: Exception) -> Self {
+        if e.is_memory_fault() {
+            return Stop::Exit(Exit::MemoryFault { gpa: e.payload });
+        }
         Stop::Exception(e)
     }
 }

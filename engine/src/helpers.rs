@@ -5,6 +5,7 @@
 
 use crate::cache::{Key, Target, revoke_writes};
 use crate::cpu::{Cpu, Exception, Exit, RSP, Res, Stop, Vcpu, rflags};
+use crate::guest::{self, Gone};
 use crate::mem::{CodePages, LOG_DIRTY};
 use crate::run::{self, leave};
 use crate::stats::vcpu as counter;
@@ -297,7 +298,8 @@ fn find_block(v: &mut Vcpu) -> Result<(Target, bool), Stop> {
         // SAFETY: `fetch_page` gave the host address of a whole page of guest memory, valid while this
         // vCPU runs. The guest may write it meanwhile: then the copy is one of the states it went through,
         // and the write has been noted (`code`) and waits for the lock to invalidate what is made here.
-        unsafe { std::ptr::copy_nonoverlapping((page.hva as *const u8).add(offset), code.as_mut_ptr(), len) };
+        unsafe { guest::copy(code.as_mut_ptr(), (page.hva as *const u8).add(offset), len) }
+            .map_err(|Gone| Exception::memory_fault(page.gpa))?;
         let target = cache.translate(key, &code[..len]);
         return Ok((target, page.global));
     }

@@ -25,6 +25,7 @@ mod x86 {
     pub mod eventfd;
     pub mod exception;
     pub mod far;
+    pub mod guest;
     pub mod helpers;
     pub mod interp;
     pub mod irq;

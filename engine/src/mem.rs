@@ -36,6 +36,11 @@ impl Slots {
         let slot = &self.slots[i.checked_sub(1)?];
         (gpa - slot.gpa < slot.size).then_some(slot)
     }
+    /// The page that is at host address `hva`, in the first slot that has it.
+    pub fn page_at(&self, hva: u64) -> Option<u64> {
+        let slot = self.slots.iter().find(|s| hva.wrapping_sub(s.hva) < s.size)?;
+        Some((slot.gpa + (hva - slot.hva)) & !0xfff)
+    }
     /// Host address of `len` bytes at `gpa` if one slot holds them all.
     pub fn hva(&self, gpa: u64, len: u64) -> Option<*mut u8> {
         let slot = self.find(gpa)?;

@@ -11,9 +11,9 @@ use crate::cpu::{
     Cpu, Exception, Res, Stop, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, Vcpu, cr0, cr4, efer, mmu_mode, tlb_invalid,
 };
 use crate::dirty;
+use crate::guest::{self, Gone};
 use crate::mem::{LOG_DIRTY, READONLY, Slots};
 use crate::stats::vcpu as counter;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 const P: u64 = 1;
 const W: u64 = 1 << 1;
@@ -68,50 +68,45 @@ pub fn is_canonical(address: u64) -> bool {
     (address as i64) << 16 >> 16 == address as i64
 }
 
-/// Atomically read the page-table entry at `gpa`; outside RAM there are only ones.
-fn load(slots: &Slots, gpa: u64) -> u64 {
-    match slots.hva(gpa, 8) {
-        // SAFETY: `gpa` is 8-aligned within a slot; guest memory is only ever accessed as raw memory.
-        Some(p) => unsafe { (*p.cast::<AtomicU64>()).load(Ordering::Relaxed) },
-        None => u64::MAX,
+/// Atomically read the page-table entry of `BYTES` at `gpa`; outside RAM there are only ones.
+fn load_entry<const BYTES: usize>(slots: &Slots, gpa: u64) -> Result<u64, Exception> {
+    let Some(p) = slots.hva(gpa, BYTES as u64) else { return Ok(u64::MAX >> (64 - 8 * BYTES)) };
+    let mut entry = [0; 8];
+    // SAFETY: `gpa` is aligned within a slot.
+    match unsafe { guest::copy(entry.as_mut_ptr(), p, BYTES) } {
+        Ok(()) => Ok(u64::from_le_bytes(entry)),
+        Err(Gone) => Err(Exception::memory_fault(gpa)),
     }
 }
 
-fn load32(slots: &Slots, gpa: u64) -> u32 {
-    match slots.hva(gpa, 4) {
-        // SAFETY: as in `load`, 4-aligned.
-        Some(p) => unsafe { (*p.cast::<AtomicU32>()).load(Ordering::Relaxed) },
-        None => u32::MAX,
-    }
+fn load(slots: &Slots, gpa: u64) -> Result<u64, Exception> {
+    load_entry::<8>(slots, gpa)
+}
+
+fn load32(slots: &Slots, gpa: u64) -> Result<u32, Exception> {
+    load_entry::<4>(slots, gpa).map(|entry| entry as u32)
 }
 
 /// Set bits of the entry at `gpa` if it still is `old`.
-fn set_bits(vcpu: &Vcpu, gpa: u64, old: u64, bits: u64, wide: bool) -> bool {
-    let Some(slot) = vcpu.slots.find(gpa) else { return false };
+fn set_bits(vcpu: &Vcpu, gpa: u64, old: u64, bits: u64, wide: bool) -> Result<bool, Exception> {
+    let Some(slot) = vcpu.slots.find(gpa) else { return Ok(false) };
     if slot.flags & READONLY != 0 {
-        return true;
+        return Ok(true);
     }
-    let Some(p) = vcpu.slots.hva(gpa, if wide { 8 } else { 4 }) else { return false };
+    let Some(p) = vcpu.slots.hva(gpa, if wide { 8 } else { 4 }) else { return Ok(false) };
     let done = if wide {
-        // SAFETY: as in `load`.
-        unsafe {
-            (*p.cast::<AtomicU64>()).compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed).is_ok()
-        }
+        // SAFETY: `gpa` is 8-aligned within a slot.
+        unsafe { guest::swap8(p.cast(), old, old | bits) }
     } else {
-        // SAFETY: as in `load32`.
-        unsafe {
-            (*p.cast::<AtomicU32>())
-                .compare_exchange(old as u32, (old | bits) as u32, Ordering::SeqCst, Ordering::Relaxed)
-                .is_ok()
-        }
+        // SAFETY: 4-aligned within a slot.
+        unsafe { guest::swap4(p.cast(), old as u32, (old | bits) as u32) }
     };
-    if done {
-        // A page table that is also code: its blocks do not depend on accessed and dirty bits.
-        if slot.flags & LOG_DIRTY != 0 {
-            dirty::mark(vcpu, slot, gpa);
-        }
+    let done = done.map_err(|Gone| Exception::memory_fault(gpa))?;
+    // A page table that is also code: its blocks do not depend on accessed and dirty bits.
+    if done && slot.flags & LOG_DIRTY != 0 {
+        dirty::mark(vcpu, slot, gpa);
     }
-    done
+    Ok(done)
 }
 
 fn fault(la: u64, intent: Intent, mode: usize, cpu: &Cpu, present: bool, reserved: bool) -> Exception {
@@ -171,7 +166,7 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
             let index = la >> shift & if levels == 3 && level == 3 { 3 } else { 511 };
             let at = table + index * 8;
             let pdpte = levels == 3 && level == 3;
-            let entry = if pdpte { cpu.pdptrs[index as usize] } else { load(&vcpu.slots, at) };
+            let entry = if pdpte { cpu.pdptrs[index as usize] } else { load(&vcpu.slots, at)? };
             if entry & P == 0 {
                 return Err(fault(la, intent, mode, cpu, false, false));
             }
@@ -194,7 +189,7 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
                 no_execute |= entry & NX != 0;
             }
             if !leaf {
-                if entry & A == 0 && !pdpte && !set_bits(vcpu, at, entry, A, true) {
+                if entry & A == 0 && !pdpte && !set_bits(vcpu, at, entry, A, true)? {
                     continue 'again;
                 }
                 table = entry & ADDRESS;
@@ -202,7 +197,7 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
             }
             let write = check(cpu, allowed, no_execute, la, intent, mode)?;
             let want = A | if intent == Intent::Write { D } else { 0 };
-            if entry & want != want && !set_bits(vcpu, at, entry, want, true) {
+            if entry & want != want && !set_bits(vcpu, at, entry, want, true)? {
                 continue 'again;
             }
             let offset = la & ((1 << shift) - 1);
@@ -219,7 +214,7 @@ fn walk_wide(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize, root: u64, level
 /// bits are set in one that is present (then the load raises #GP).
 pub fn load_pdptrs(vcpu: &mut Vcpu, cr3: u64) -> bool {
     let reserved = !((1u64 << PHYSICAL_BITS) - 1) | 0x1e6;
-    let entries = [0, 8, 16, 24].map(|at| load(&vcpu.slots, (cr3 & 0xffff_ffe0) + at));
+    let entries = [0, 8, 16, 24].map(|at| load(&vcpu.slots, (cr3 & 0xffff_ffe0) + at).unwrap_or(u64::MAX));
     let valid = entries.iter().all(|entry| entry & P == 0 || entry & reserved == 0);
     if valid {
         vcpu.cpu.pdptrs = entries;
@@ -232,7 +227,7 @@ fn walk_legacy(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize) -> Result<Page
     let cpu = &*vcpu.cpu;
     loop {
         let at = (cpu.cr3 & 0xffff_f000) + (la >> 22) * 4;
-        let directory = load32(&vcpu.slots, at) as u64;
+        let directory = load32(&vcpu.slots, at)? as u64;
         if directory & P == 0 {
             return Err(fault(la, intent, mode, cpu, false, false));
         }
@@ -243,11 +238,11 @@ fn walk_legacy(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize) -> Result<Page
             }
             (at, directory, directory)
         } else {
-            if directory & A == 0 && !set_bits(vcpu, at, directory, A, false) {
+            if directory & A == 0 && !set_bits(vcpu, at, directory, A, false)? {
                 continue;
             }
             let at = (directory & 0xffff_f000) + (la >> 12 & 1023) * 4;
-            let entry = load32(&vcpu.slots, at) as u64;
+            let entry = load32(&vcpu.slots, at)? as u64;
             if entry & P == 0 {
                 return Err(fault(la, intent, mode, cpu, false, false));
             }
@@ -255,7 +250,7 @@ fn walk_legacy(vcpu: &Vcpu, la: u64, intent: Intent, mode: usize) -> Result<Page
         };
         let write = check(cpu, allowed, false, la, intent, mode)?;
         let want = A | if intent == Intent::Write { D } else { 0 };
-        if leaf & want != want && !set_bits(vcpu, leaf_at, leaf, want, false) {
+        if leaf & want != want && !set_bits(vcpu, leaf_at, leaf, want, false)? {
             continue;
         }
         // PSE-36: bits 13-20 of a large entry are address bits 32-39.

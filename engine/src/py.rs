@@ -9,7 +9,7 @@ use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
 use crate::signal::Held;
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{debug, dirty, msr, run, state, stats, sys, timer, xstate};
+use crate::{debug, dirty, msr, run, signal, state, stats, sys, timer, xstate};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -62,6 +62,7 @@ mod reason {
     pub const RDMSR: u32 = 29;
     pub const WRMSR: u32 = 30;
     pub const DIRTY_RING_FULL: u32 = 31;
+    pub const MEMORY_FAULT: u32 = 39;
     /// Not the kernel's: the PIC must be asked for a vector.
     pub const EXTINT: u32 = 1 << 16;
 }
@@ -403,6 +404,7 @@ impl Vcpu {
         check_pid(self.pid)?;
         Ok(py.detach(|| {
             let mut v = self.cpu.lock().unwrap();
+            signal::install();
             let vm = v.vm.clone();
             vm.start_running(&self.shared);
             v.refresh();
@@ -468,6 +470,13 @@ impl Vcpu {
                 reason::IOAPIC_EOI
             }
             Exit::DirtyRingFull => reason::DIRTY_RING_FULL,
+            Exit::MemoryFault { gpa } => {
+                // No flags: the page is shared memory.
+                for (n, x) in [0, *gpa, 4096].into_iter().enumerate() {
+                    self.write(U + n * 8, &x.to_le_bytes());
+                }
+                reason::MEMORY_FAULT
+            }
             Exit::Extint => reason::EXTINT,
             Exit::Msr { write, reason, index, data } => {
                 self.write(U, &[0; 8]); // error, padding

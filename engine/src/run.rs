@@ -65,6 +65,7 @@ fn count_exit(v: &Vcpu, exit: &Exit) {
         // The kernel has no counter for them either.
         Exit::Msr { .. } => return,
         Exit::DirtyRingFull => counter::RING_FULL_EXITS,
+        Exit::MemoryFault { .. } => return,
         Exit::Intr | Exit::Signals | Exit::Extint => counter::SIGNAL_EXITS,
     });
 }
@@ -332,6 +333,11 @@ fn trap(v: &mut Vcpu) -> Result<(), Stop> {
 }
 
 pub fn trap_exception(v: &Vcpu) -> Stop {
+    if v.cpu.trap_number == 14
+        && let Some(gpa) = v.slots.page_at(v.cpu.trap_address)
+    {
+        return Exit::MemoryFault { gpa }.into();
+    }
     match v.cpu.trap_number {
         0 => Exception::new(0).into(),
         6 => Exception::ud().into(),
@@ -339,7 +345,7 @@ pub fn trap_exception(v: &Vcpu) -> Stop {
         16 => Exception::new(16).into(),
         19 => Exception::new(19).into(),
         n => Exit::InternalError(format!(
-            "host trap {n} (error {:#x}) in translated code for rip {:#x}: guest memory is gone?",
+            "host trap {n} (error {:#x}) in translated code for rip {:#x}",
             v.cpu.trap_error, v.cpu.rip
         ))
         .into(),

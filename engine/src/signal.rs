@@ -4,7 +4,7 @@
 //! The kernel delivers that as SIGFPE, SIGSEGV, SIGBUS or SIGILL. The handler recognises it by the thread
 //! (one that runs translated code), the stack pointer and the program counter, notes where it happened, and
 //! lets the thread continue at `Cpu::trap_exit`, which leaves translated code with the guest's registers as they
-//! were. Any other signal goes to the handler that was there before.
+//! were. Accesses of our own to guest memory that is gone are told by the program counter alone (`guest`). Any other signal goes to the handler that was there before.
 //!
 //! Handlers run on an alternate stack, large enough for an AVX-512 frame: the interpreter's own (faulthandler)
 //! may be smaller. Kicks do not use signals at all: they set `Cpu::poll`.
@@ -161,6 +161,10 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             registers[libc::REG_RIP as usize] = c.trap_exit as i64;
             return;
         }
+    }
+    if let Some(pc) = crate::guest::recovery(pc) {
+        registers[libc::REG_RIP as usize] = pc as i64;
+        return;
     }
     let n = SIGNALS.iter().position(|&s| s == signal).unwrap_or(0);
     // SAFETY: written before our handler was installed; sigaction structures are plain data.

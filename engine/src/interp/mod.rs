@@ -18,13 +18,13 @@ use crate::cpu::{
 };
 use crate::debug;
 use crate::far::{self, peek, push_all, set_rsp, stack_mask};
+use crate::guest::{self, Gone};
 use crate::mmu;
 use crate::segment::{self, Inspect};
 use crate::stats::vcpu as counter;
 use crate::sys;
 use crate::task;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
-use std::sync::atomic::{AtomicU8, Ordering};
 
 /// What an instruction did, when it did not fail.
 pub(crate) enum Done {
@@ -94,8 +94,8 @@ fn fetch(v: &mut Vcpu, la: u64, to: &mut [u8]) -> Res<()> {
     let page = mmu::fetch_page(v, la)?;
     let n = to.len().min(4096 - (la & 0xfff) as usize);
     // SAFETY: a whole page of guest memory at `hva`, valid while this vCPU runs; `n` does not cross it.
-    unsafe { std::ptr::copy_nonoverlapping((page.hva as *const u8).add((la & 0xfff) as usize), to.as_mut_ptr(), n) };
-    Ok(())
+    unsafe { guest::copy(to.as_mut_ptr(), (page.hva as *const u8).add((la & 0xfff) as usize), n) }
+        .map_err(|Gone| Exception::memory_fault(page.gpa).into())
 }
 
 /// Run instructions until something needs attention, an exit, or translated code can take over.
@@ -910,12 +910,19 @@ fn bit_in_memory(v: &mut Vcpu, mnemonic: Mnemonic, la: u64, size: usize, bit: u6
         match access::direct(v, la.wrapping_add(bit / 8), 1, mode)? {
             Some((p, slot, gpa)) => {
                 let byte_mask = 1u8 << (bit & 7);
-                // SAFETY: a byte of guest memory, valid while this vCPU runs.
-                let byte = unsafe { &*p.cast::<AtomicU8>() };
-                let old = match mnemonic {
-                    Mnemonic::Bts => byte.fetch_or(byte_mask, Ordering::SeqCst),
-                    Mnemonic::Btr => byte.fetch_and(!byte_mask, Ordering::SeqCst),
-                    _ => byte.fetch_xor(byte_mask, Ordering::SeqCst),
+                let old = loop {
+                    let mut old = 0;
+                    // SAFETY: a byte of guest memory, valid while this vCPU runs, and one of our own.
+                    unsafe { guest::copy(&raw mut old, p, 1) }.map_err(|Gone| Exception::memory_fault(gpa))?;
+                    let new = match mnemonic {
+                        Mnemonic::Bts => old | byte_mask,
+                        Mnemonic::Btr => old & !byte_mask,
+                        _ => old ^ byte_mask,
+                    };
+                    // SAFETY: as above.
+                    if unsafe { guest::swap1(p, old, new) }.map_err(|Gone| Exception::memory_fault(gpa))? {
+                        break old;
+                    }
                 };
                 access::written(v, &slot, gpa, 1);
                 (old as u64) << (bit & !7)
@@ -1011,7 +1018,7 @@ fn move_64_bytes(v: &mut Vcpu, i: &Instruction) -> Res<()> {
     match access::direct(v, to, 64, mode)? {
         Some((p, slot, gpa)) => {
             // SAFETY: 64 aligned bytes of guest memory, and of our own; the processor has the instruction.
-            unsafe { std::arch::asm!("movdir64b {0}, [{1}]", in(reg) p, in(reg) data.0.as_ptr()) };
+            unsafe { guest::copy64(p, &data.0) }.map_err(|Gone| Exception::memory_fault(gpa))?;
             access::written(v, &slot, gpa, 64);
             Ok(())
         }

@@ -7,6 +7,7 @@ use super::{Done, load, register, segment_index, set_register, store};
 use crate::access;
 use crate::cpu::{Exit, RAX, RDX, Res, Vcpu, rflags};
 use crate::debug;
+use crate::guest;
 use crate::mem::{LOG_DIRTY, READONLY};
 use crate::mmu::{self, Intent};
 use crate::segment::linear;
@@ -258,7 +259,7 @@ fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
     if v.is_lapic(to_gpa) {
         return Ok(0);
     }
-    match from_gpa {
+    let moved = match from_gpa {
         Some(gpa) => {
             if v.is_lapic(gpa) {
                 return Ok(0);
@@ -266,71 +267,27 @@ fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
             let Some(origin) = v.slots.hva(gpa, whole) else { return Ok(0) };
             // SAFETY: both ranges lie within slots; element order is the guest's own.
             unsafe {
-                if backward {
-                    repeat_movs_backward(target.add(below as usize), origin.add(below as usize), count, s.size);
-                } else {
-                    repeat_movs(target, origin, count, s.size);
-                }
+                let first = if backward { below as usize } else { 0 };
+                guest::repeat_movs(target.add(first), origin.add(first), count, s.size, backward)
             }
         }
         None => {
             let value = v.cpu.gpr[RAX];
             // SAFETY: the range lies within a slot.
-            unsafe { repeat_stos(target, value, count, s.size) };
+            unsafe { guest::repeat_stos(target, value, count, s.size) }
         }
-    }
-    if slot.flags & LOG_DIRTY != 0 || v.vm.code.has(to_gpa) {
+    };
+    // Fewer if the host's memory is gone: what a single iteration then says.
+    if moved != 0 && (slot.flags & LOG_DIRTY != 0 || v.vm.code.has(to_gpa)) {
         access::written(v, &slot, to_gpa, whole);
     }
-    advance(v, r, whole);
+    advance(v, r, moved * size);
     if let Some((r, _)) = s.source {
-        advance(v, r, whole);
+        advance(v, r, moved * size);
     }
-    let left = register(&v.cpu, counter) - count;
+    let left = register(&v.cpu, counter) - moved;
     set_register(&mut v.cpu, counter, left);
-    Ok(count)
-}
-
-/// # Safety
-/// `count` elements of `size` bytes at both places are guest memory.
-unsafe fn repeat_movs(to: *mut u8, from: *const u8, count: u64, size: usize) {
-    // SAFETY: by the caller; DF is clear as the ABI demands.
-    unsafe {
-        match size {
-            1 => asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-            2 => asm!("rep movsw", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-            4 => asm!("rep movsd", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-            _ => asm!("rep movsq", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-        }
-    }
-}
-
-/// # Safety
-/// `count` elements of `size` bytes, those at `to` and `from` the highest, are guest memory.
-unsafe fn repeat_movs_backward(to: *mut u8, from: *const u8, count: u64, size: usize) {
-    // SAFETY: by the caller; DF is clear again afterwards, as the ABI demands.
-    unsafe {
-        match size {
-            1 => asm!("std", "rep movsb", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-            2 => asm!("std", "rep movsw", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-            4 => asm!("std", "rep movsd", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-            _ => asm!("std", "rep movsq", "cld", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _),
-        }
-    }
-}
-
-/// # Safety
-/// `count` elements of `size` bytes at `to` are guest memory.
-unsafe fn repeat_stos(to: *mut u8, value: u64, count: u64, size: usize) {
-    // SAFETY: by the caller; DF is clear as the ABI demands.
-    unsafe {
-        match size {
-            1 => asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
-            2 => asm!("rep stosw", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
-            4 => asm!("rep stosd", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
-            _ => asm!("rep stosq", inout("rcx") count => _, inout("rdi") to => _, in("rax") value),
-        }
-    }
+    Ok(moved)
 }
 
 /// INS and OUTS. A repeated one leaves with as many items as lie within one page, as KVM does.

@@ -123,6 +123,7 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
     capabilities.KVM_CAP_USER_MEMORY2: 1,
     capabilities.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    capabilities.KVM_CAP_MEMORY_FAULT_INFO: 1,
     capabilities.KVM_CAP_SYNC_REGS: x.KVM_SYNC_X86_VALID_FIELDS,
     capabilities.KVM_CAP_SREGS2: 1,
     capabilities.KVM_CAP_PIT: 1,
