@@ -4,7 +4,7 @@
 //! without a lock changes only inside [`Safepoint::exclusive`], which has every running vCPU stop at its next look at its
 //! [`Doorbell`] and waits until none runs.
 //!
-//! `tests/safepoint_model.rs` compiles this file against `loom`'s atomics and locks and runs it through every interleaving.
+//! `tests/safepoint_model.rs` compiles this file against `loom`'s atomics and locks and runs it through its interleavings.
 
 use crate::sync::{AtomicBool, AtomicU32, Condvar, Mutex, Ordering, fence, yield_now};
 

@@ -1,7 +1,7 @@
-//! The safepoint protocol in every interleaving: `src/safepoint.rs` itself on `loom`'s atomics and locks.
+//! The safepoint protocol through its interleavings: `src/safepoint.rs` itself on `loom`'s atomics and locks.
 //!
 //! What a running vCPU relies on without a lock is an `UnsafeCell` of loom's here, which fails the model if it is read while
-//! somebody writes it. Models of two threads are complete; those of three and four stop after so many preemptions, as each says.
+//! somebody writes it. Models without a bound are complete; the others stop after as many preemptions as they name.
 
 mod sync {
     pub use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
