@@ -18,7 +18,11 @@ const PATCHED: u64 = 0x11_0000;
 
 /// A second vCPU of `m`'s VM in the same state.
 fn second(m: &Machine) -> Vcpu {
-    let mut v = Vcpu::new(m.v.vm.clone(), 1).unwrap();
+    another(m, 1)
+}
+
+fn another(m: &Machine, id: u32) -> Vcpu {
+    let mut v = Vcpu::new(m.v.vm.clone(), id).unwrap();
     let from = &m.v.cpu;
     let c = &mut v.cpu;
     (c.cr0, c.cr3, c.cr4, c.efer, c.xcr0) = (from.cr0, from.cr3, from.cr4, from.efer, from.xcr0);
@@ -31,7 +35,13 @@ fn second(m: &Machine) -> Vcpu {
 const COUNT: &[u8] = &[0x48, 0xff, 0x03, 0x80, 0x39, 0x00, 0x74, 0xf8, 0xf4];
 
 /// Run both vCPUs until they halt, `disturb` meanwhile.
-fn both(m: &mut Machine, mut other: Vcpu, disturb: impl FnOnce(&Machine)) -> (Exit, Exit) {
+fn both(m: &mut Machine, other: Vcpu, disturb: impl FnOnce(&Machine)) -> (Exit, Exit) {
+    let (mine, others) = together(m, vec![other], disturb);
+    (mine, others.into_iter().next().unwrap().0)
+}
+
+/// Run `m`'s vCPU and `others` until they halt, `disturb` meanwhile.
+fn together(m: &mut Machine, others: Vec<Vcpu>, disturb: impl FnOnce(&Machine)) -> (Exit, Vec<(Exit, Vcpu)>) {
     struct Alone(*mut Vcpu);
     // SAFETY: the thread below is the only one to use the vCPU until it is joined.
     unsafe impl Send for Alone {}
@@ -41,9 +51,9 @@ fn both(m: &mut Machine, mut other: Vcpu, disturb: impl FnOnce(&Machine)) -> (Ex
         // SAFETY: see `Alone`; `m` outlives the thread, which is joined below.
         run::run(unsafe { &mut *mine.0 })
     });
-    let second = thread::spawn(move || run::run(&mut other));
+    let others: Vec<_> = others.into_iter().map(|mut v| thread::spawn(move || (run::run(&mut v), v))).collect();
     disturb(m);
-    (first.join().unwrap(), second.join().unwrap())
+    (first.join().unwrap(), others.into_iter().map(|t| t.join().unwrap()).collect())
 }
 
 fn wait_for(m: &Machine, gpa: u64, more_than: u64) {
@@ -138,4 +148,70 @@ fn a_kick_gets_through_to_a_tight_loop() {
         }
     });
     assert_eq!(exits, (Exit::Intr, Exit::Intr));
+}
+
+/// One vCPU maps a page elsewhere, tells two others, waits until both have flushed it, and only then spoils the old page:
+/// neither may see that. The host has every translation dropped and every write logged meanwhile, on and off.
+#[test]
+fn no_translation_outlives_its_shootdown() {
+    const TABLE: u64 = 0x12_0000;
+    const PAGES: [u64; 2] = [0x13_0000, 0x13_1000];
+    const WINDOW: u64 = 0x20_0000;
+    const FLAGS: u64 = 0x63; // present, writable, accessed, dirty
+    let mut m = Machine::new(4 << 20);
+    m.long_mode();
+    m.write64(PML4 + 0x2000 + 8, TABLE | 3);
+    m.write64(TABLE, PAGES[0] | FLAGS);
+    // again: mov rax, [rbx]; cmp rax, rsi; je same; mov rsi, rax; invlpg [rdx]; mov [rcx], rsi
+    // same: mov rdi, [rdx]; cmp edi, 0xdead; je stale; cmp byte [r8], 0; je again; hlt
+    // stale: mov r9d, 1; mov byte [r8], 1; hlt
+    m.write(
+        FREE,
+        &[
+            0x48, 0x8b, 0x03, 0x48, 0x39, 0xf0, 0x74, 0x09, 0x48, 0x89, 0xc6, 0x0f, 0x01, 0x3a, 0x48, 0x89, 0x31, 0x48,
+            0x8b, 0x3a, 0x81, 0xff, 0xad, 0xde, 0, 0, 0x74, 0x07, 0x41, 0x80, 0x38, 0x00, 0x74, 0xde, 0xf4, 0x41, 0xb9,
+            1, 0, 0, 0, 0x41, 0xc6, 0x00, 0x01, 0xf4,
+        ],
+    );
+    // again: mov qword [r13], 1; mov [rdx], r11; inc qword [rbx]; mov rax, [rbx]
+    // wait: cmp byte [r8], 0; jne end; cmp [rcx], rax; jne wait; cmp [rcx + 8], rax; jne wait
+    // mov qword [r12], 0xdead; xchg r10, r11; xchg r12, r13; dec rbp; jnz again; end: mov byte [r8], 1; hlt
+    m.write(
+        FREE + 0x1000,
+        &[
+            0x49, 0xc7, 0x45, 0x00, 1, 0, 0, 0, 0x4c, 0x89, 0x1a, 0x48, 0xff, 0x03, 0x48, 0x8b, 0x03, 0x41, 0x80, 0x38,
+            0x00, 0x75, 0x1e, 0x48, 0x39, 0x01, 0x75, 0xf5, 0x48, 0x39, 0x41, 0x08, 0x75, 0xef, 0x49, 0xc7, 0x04, 0x24,
+            0xad, 0xde, 0, 0, 0x4d, 0x87, 0xda, 0x4d, 0x87, 0xec, 0x48, 0xff, 0xcd, 0x75, 0xcb, 0x41, 0xc6, 0x00, 0x01,
+            0xf4,
+        ],
+    );
+    let (epoch, acknowledged) = (COUNTERS, COUNTERS + 0x100);
+    let mut readers = vec![another(&m, 1), another(&m, 2)];
+    for (n, v) in readers.iter_mut().enumerate() {
+        let c = &mut v.cpu;
+        (c.gpr[3], c.gpr[1], c.gpr[2], c.gpr[8]) = (epoch, acknowledged + 8 * n as u64, WINDOW, STOP);
+        (c.gpr[6], c.gpr[9], c.rip) = (0, 0, FREE);
+    }
+    let c = &mut m.v.cpu;
+    (c.gpr[3], c.gpr[1], c.gpr[2], c.gpr[8], c.gpr[5]) = (epoch, acknowledged, TABLE, STOP, 100);
+    (c.gpr[10], c.gpr[11]) = (PAGES[0] | FLAGS, PAGES[1] | FLAGS);
+    (c.gpr[12], c.gpr[13], c.rip) = (PAGES[0], PAGES[1], FREE + 0x1000);
+    let vm = m.v.vm.clone();
+    let (mine, readers) = together(&mut m, readers, |m| {
+        let slot = vm.slots.read().unwrap().as_slice()[0];
+        let mut flags = 0;
+        while m.read64(STOP) == 0 {
+            flags ^= LOG_DIRTY;
+            let before = m.read64(epoch);
+            vm.set_slots(Slots::new(vec![_engine::mem::Slot { flags, ..slot }]));
+            while m.read64(epoch) == before && m.read64(STOP) == 0 {
+                thread::yield_now();
+            }
+        }
+    });
+    assert_eq!(mine, Exit::Hlt);
+    for (exit, v) in readers {
+        assert_eq!((exit, v.cpu.gpr[9]), (Exit::Hlt, 0), "read through a translation that was shot down");
+    }
+    assert_eq!(m.read64(epoch), 100);
 }
