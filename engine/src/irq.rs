@@ -49,6 +49,11 @@ impl Irq {
             None => true,
         }
     }
+    /// Vectors that an edge on `gsi` raises.
+    pub fn vectors(&self, gsi: u32) -> Vec<u8> {
+        let routes = self.routes.read().unwrap();
+        routes.get(&gsi).map_or(Vec::new(), |r| r.messages.iter().map(|m| m.vector).collect())
+    }
     /// An edge from a thread that has no Python: what it cannot deliver waits for `take_lines`.
     pub fn edge_or_queue(&self, vm: &Vm, gsi: u32) {
         if !self.edge(vm, gsi) {

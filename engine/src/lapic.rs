@@ -156,11 +156,11 @@ impl State {
         self.set_bit(reg::IRR, vector, true);
         self.set_bit(reg::TMR, vector, level);
     }
-    /// The vector whose level-triggered source must be told, if any.
-    fn eoi(&mut self) -> Option<u8> {
+    /// The vector that ended, and whether its level-triggered source must be told.
+    fn eoi(&mut self) -> Option<(u8, bool)> {
         let vector = self.highest(reg::ISR)?;
         self.set_bit(reg::ISR, vector, false);
-        (self.has_bit(reg::TMR, vector) && self.get(reg::SVR) & 1 << 12 == 0).then_some(vector)
+        Some((vector, self.has_bit(reg::TMR, vector) && self.get(reg::SVR) & 1 << 12 == 0))
     }
     fn divider(&self) -> u64 {
         let d = self.get(reg::DIVIDE);
@@ -322,6 +322,14 @@ fn accept(s: &mut State, v: &VcpuShared, m: &Message) -> u32 {
     1
 }
 
+/// Whether a local APIC has `vector` requested or in service.
+pub fn waits(vm: &Vm, vector: u8) -> bool {
+    vm.vcpus.read().unwrap().iter().filter_map(|v| v.lapic.as_ref()).any(|lapic| {
+        let s = lapic.state.lock().unwrap();
+        s.has_bit(reg::IRR, vector) || s.has_bit(reg::ISR, vector)
+    })
+}
+
 /// A message-signalled interrupt: a write of `data` to `address`. With the redirection hint it is for one of those
 /// that it addresses. The destination has 8 bits: KVM looks at the address's upper half under KVM_CAP_X2APIC_API alone.
 pub fn message(address: u64, data: u32) -> Message {
@@ -392,10 +400,13 @@ impl Vcpu {
                 self.reconsider();
             }
             reg::EOI => {
-                let told = s.eoi();
+                let ended = s.eoi();
                 drop(s);
-                if let Some(vector) = told {
-                    self.eois.push(vector);
+                if let Some((vector, told)) = ended {
+                    if told {
+                        self.eois.push(vector);
+                    }
+                    self.vm.pit_ended(vector);
                 }
                 self.reconsider();
             }

@@ -283,8 +283,22 @@ impl Vm {
         Ok(())
     }
 
+    /// KVM_REINJECT_CONTROL.
+    fn set_pit_reinject(&self, on: bool) -> PyResult<()> {
+        self.machine()?.set_pit_reinject(on);
+        Ok(())
+    }
+    fn pit_missed(&self) -> PyResult<bool> {
+        Ok(self.machine()?.pit_missed())
+    }
+    fn pit_again(&self) -> PyResult<()> {
+        self.machine()?.pit_again();
+        Ok(())
+    }
+
     fn arm_pit(&self, at_ns: u64, period_ns: u64) -> PyResult<()> {
         let vm = self.machine()?;
+        vm.forget_pit_ticks();
         if period_ns == 0 {
             vm.timers.arm(vm, timer::PIT, at_ns);
         } else {

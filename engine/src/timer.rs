@@ -100,10 +100,11 @@ fn wait(shared: &(Mutex<Queue>, Condvar), vm: &Weak<Vm>) {
                 q = condvar.wait_timeout(q, Duration::from_nanos(at - now)).unwrap().0;
             }
             Some((at, key)) => {
+                let late = q.period.get(&key).map_or(0, |period| (now - at) / period);
                 q.remove(key);
                 drop(q);
                 let Some(vm) = vm.upgrade() else { return };
-                let next = vm.timer_fired(key, now);
+                let next = vm.timer_fired(key, now, late);
                 drop(vm);
                 q = queue.lock().unwrap();
                 let next = next.or_else(|| {

@@ -14,7 +14,7 @@ use crate::safepoint::{Doorbell, Safepoint, Stoppable};
 use crate::stats;
 use crate::timer::{self, Timers};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, RwLock};
 
 /// What threads other than the vCPU's own may touch.
@@ -126,6 +126,9 @@ pub struct Vm {
     pub irq: Irq,
     /// Edges for the PIT's GSI come from here while it counts.
     pub pit_gsi: AtomicU32,
+    /// Ticks of the PIT's that come while an earlier one waits follow when that has ended (KVM_REINJECT_CONTROL).
+    pit_reinject: AtomicBool,
+    pit_missed: AtomicU64,
     pub dirty: Bitmaps,
     /// Size in bytes of the dirty rings of vCPUs created from now on; 0: none.
     pub dirty_ring_bytes: AtomicU32,
@@ -153,6 +156,8 @@ impl Vm {
             timers: Timers::default(),
             irq: Irq::default(),
             pit_gsi: AtomicU32::new(0),
+            pit_reinject: AtomicBool::new(true),
+            pit_missed: AtomicU64::new(0),
             dirty: Bitmaps::default(),
             dirty_ring_bytes: AtomicU32::new(0),
             code: CodePages::new()?,
@@ -242,10 +247,57 @@ impl Vm {
         self.irq.io_event(true, port as u64, data)
     }
 
-    /// Called by the timer thread; the next expiry if it has one.
-    pub fn timer_fired(&self, key: u64, now: u64) -> Option<u64> {
+    /// KVM_REINJECT_CONTROL.
+    pub fn set_pit_reinject(&self, on: bool) {
+        self.pit_reinject.store(on, Ordering::Relaxed);
+        self.forget_pit_ticks();
+    }
+
+    /// The PIT counts afresh.
+    pub fn forget_pit_ticks(&self) {
+        self.pit_missed.store(0, Ordering::Relaxed);
+    }
+
+    /// A tick found an earlier one waiting. False: it is to be delivered all the same, and gets lost if it must.
+    pub fn pit_missed(&self) -> bool {
+        let reinject = self.pit_reinject.load(Ordering::Relaxed);
+        if reinject {
+            self.pit_missed.fetch_add(1, Ordering::Relaxed);
+        }
+        reinject
+    }
+
+    /// A local APIC's interrupt ended.
+    pub fn pit_ended(&self, vector: u8) {
+        if self.pit_missed.load(Ordering::Relaxed) != 0
+            && self.irq.vectors(self.pit_gsi.load(Ordering::Relaxed)).contains(&vector)
+        {
+            self.pit_again();
+        }
+    }
+
+    /// The PIT's interrupt ended: a tick that waited is next.
+    pub fn pit_again(&self) {
+        if self.pit_missed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
+            self.pit_tick();
+        }
+    }
+
+    fn pit_tick(&self) {
+        let gsi = self.pit_gsi.load(Ordering::Relaxed);
+        let waits = self.irq.vectors(gsi).into_iter().any(|vector| crate::lapic::waits(self, vector));
+        if !waits || !self.pit_missed() {
+            self.irq.edge_or_queue(self, gsi);
+        }
+    }
+
+    /// Called by the timer thread; the next expiry if it has one. `late`: periods that have passed beyond this one.
+    pub fn timer_fired(&self, key: u64, now: u64, late: u64) -> Option<u64> {
         if key == timer::PIT {
-            self.irq.edge_or_queue(self, self.pit_gsi.load(Ordering::Relaxed));
+            if self.pit_reinject.load(Ordering::Relaxed) {
+                self.pit_missed.fetch_add(late, Ordering::Relaxed);
+            }
+            self.pit_tick();
             return None;
         }
         let vcpus = self.vcpus.read().unwrap();
@@ -257,5 +309,45 @@ impl Vm {
             return None;
         }
         v.lapic.as_ref()?.timer_fired(v, now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Vcpu;
+    use crate::irq::Route;
+    use crate::lapic::{Message, reg};
+
+    /// Ticks that the guest gets of three, the last of which is three periods late, if it handles none before.
+    fn ticks(reinject: bool) -> u32 {
+        const VECTOR: u8 = 0x30;
+        let vm = Arc::new(Vm::new(1_000_000).unwrap());
+        vm.set_pit_reinject(reinject);
+        vm.has_lapics.store(true, Ordering::Relaxed);
+        let mut v = Vcpu::new(vm.clone(), 0).unwrap();
+        let register = |r: usize| 0xfee0_0000 + r as u64;
+        v.lapic_write(register(reg::SVR), &0x1ffu32.to_le_bytes()).unwrap();
+        let message = Message { destination: 0, logical: false, mode: 0, vector: VECTOR, level: false, wide: false };
+        vm.irq.set_routes(HashMap::from([(0, Route { messages: vec![message], python: false })]));
+        for late in [0, 0, 3] {
+            vm.timer_fired(timer::PIT, 0, late);
+        }
+        let mut handled = 0;
+        loop {
+            let mut s = v.shared.lapic.as_ref().unwrap().state.lock().unwrap();
+            let Some(vector) = s.pending() else { return handled };
+            assert_eq!(vector, VECTOR);
+            s.acknowledge(vector);
+            drop(s);
+            v.lapic_write(register(reg::EOI), &[0; 4]).unwrap();
+            handled += 1;
+        }
+    }
+
+    #[test]
+    fn ticks_of_the_pit_that_find_one_waiting() {
+        assert_eq!(ticks(true), 6);
+        assert_eq!(ticks(false), 1);
     }
 }

@@ -81,6 +81,15 @@ class Vm:
     def close(self) -> None:
         """Let go of all eventfds and of the counters' descriptor, and stop the PIT."""
 
+    def set_pit_reinject(self, on: bool) -> None:
+        """Whether the PIT's ticks that find an earlier one waiting follow later (at first), or are lost."""
+
+    def pit_missed(self) -> bool:
+        """Such a tick came. False: it isn't kept, and is to be delivered all the same."""
+
+    def pit_again(self) -> None:
+        """The PIC's interrupt of the PIT ended: a tick that was kept is next."""
+
     def arm_pit(self, at_ns: int, period_ns: int) -> None:
         """An edge on GSI 0 at `at_ns` of `monotonic_raw_ns`, then every `period_ns` if that isn't 0."""
 

@@ -21,6 +21,10 @@ _Pin = tuple[int, int]
 """KVM_IRQCHIP_* and pin."""
 
 
+_PIT_GSI = 0
+_PIT_PIN: _Pin = (x.KVM_IRQCHIP_PIC_MASTER, 0)
+
+
 class IrqChip:
     """PIC, IOAPIC, and the PIT once it is created. Any thread may call; one lock guards all chips."""
 
@@ -70,7 +74,14 @@ class IrqChip:
             if self._closing:
                 return
             for gsi in self._vm.take_lines():
-                self.pulse(gsi)
+                with self.lock:
+                    if not (gsi == _PIT_GSI and self._tick_waits() and self._vm.pit_missed()):
+                        self.pulse(gsi)
+
+    def _tick_waits(self) -> bool:
+        """Whether the PIC holds a tick of the PIT's that the guest hasn't finished with."""
+        pic = self.pic.chips[0]
+        return bool((pic.irr & ~pic.imr | pic.isr) & 1) and _PIT_PIN in self.pins.get(_PIT_GSI, ())
 
     def create_pit(self) -> None:
         """KVM_CREATE_PIT2."""
@@ -108,6 +119,8 @@ class IrqChip:
         self._line(gsi, level, 1)
 
     def _ended(self, chip: int, pin: int) -> None:
+        if self.pit and (chip, pin) == _PIT_PIN:
+            self._vm.pit_again()
         for gsi in [gsi for gsi, pins in self.pins.items() if (chip, pin) in pins]:
             self.resamplers.ended(gsi)
 

@@ -134,6 +134,7 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_ENABLE_CAP_VM: 1,
     capabilities.KVM_CAP_SYS_ATTRIBUTES: 1,
     capabilities.KVM_CAP_MCE: 32,
+    capabilities.KVM_CAP_REINJECT_CONTROL: 1,
     capabilities.KVM_CAP_ONE_REG: 1,
     capabilities.KVM_CAP_TSC_CONTROL: 1,
     capabilities.KVM_CAP_VM_TSC_CONTROL: 1,
@@ -468,6 +469,12 @@ class Vm(_Descriptor, contract.Vm):
     def set_pit2(self, state: x.kvm_pit_state2) -> None:
         """KVM_SET_PIT2."""
         self._set_pit("KVM_SET_PIT2", state)
+
+    def reinject_control(self, pit_reinject: bool) -> None:
+        """KVM_REINJECT_CONTROL."""
+        if not self._chip("KVM_REINJECT_CONTROL").pit:
+            raise ioctl_error("KVM_REINJECT_CONTROL", errno.ENXIO, "there is no PIT")
+        self._vm.set_pit_reinject(pit_reinject)
 
     def _create_pit(self, name: str) -> None:
         chip = self._chip(name, errno.ENOENT)
