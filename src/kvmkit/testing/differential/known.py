@@ -120,10 +120,15 @@ def _pushed_rf(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -
 
 
 def _second_page(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    return ours.vector == 14 and all(
-        name.startswith("memory") and int(name.split()[1], 16) >= c.TABLES and (a ^ b) & ~0x60 == 0
-        for name, (a, b) in found.items()
-    )
+    size = 4 if case.mode.paging == "32" else 8
+    at, length = ours.frame
+    pushed = {at >> 12, at + length - 1 >> 12}
+    for name, (a, b) in found.items():
+        if not name.startswith("memory") or int(name.split()[1], 16) < c.TABLES or (a ^ b) & ~0x60:
+            return False
+        if ours.vector != 14 and (int(name.split()[1], 16) & 0xFFF) // size not in pushed:
+            return False
+    return ours.vector is not None
 
 
 def _two_pages(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -176,6 +181,25 @@ def _small_system_segments(case: Case, ours: Outcome, theirs: Outcome, found: Di
     return False
 
 
+def _half_a_table_register(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    at = opcode(ours, case)
+    stores = at[:2] == b"\x0f\x01" and at[2] >> 3 & 7 < 2
+    return (
+        ours.vector == theirs.vector == 14
+        and stores
+        and len(found) <= 2
+        and all(name.startswith("memory") for name in found)
+    )
+
+
+def _broken_absent_gate(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    selector = ours.values.get("error code", 0)
+    at = (c.LDT if selector & 4 else c.GDT) + (selector & 0xFFF8)
+    if not case.mode.long or (ours.vector, theirs.vector) != (13, 11) or at > c.MEMORY_BYTES - 16:
+        return False
+    return case.memory[at + 5] & 0x9F == 0x0C and case.memory[at + 13] & 0x1F != 0
+
+
 def _code_both_ways(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     selector = ours.values.get("error code", 0) & 0xFFFC
     table = c.LDT if selector & 4 else c.GDT
@@ -207,7 +231,9 @@ UNICORN = (
     Rule("writes over two pages", "what is read and written faults first where its first byte lies, as processors show; Unicorn reads first", _two_pages),
     Rule("targets", "a jump to an address that isn't canonical faults at the jump (JMP, CALL, RET); Unicorn's at the target", _target),
     Rule("stack addresses", "those that aren't canonical are #SS (SDM 3, 6.15); #GP in Unicorn", _stack_address),
-    Rule("flags of the second page", "that it is accessed and dirty, where the first page of an operand faults (docs/engine.md)", _second_page),
+    Rule("flags of the second page", "where an operand's first page faults (docs/engine.md); those of the page that a frame is pushed to", _second_page),
+    Rule("SGDT over two pages", "the limit is stored when the base faults; no manual says which, and we store nothing", _half_a_table_register),
+    Rule("absent call gates", "whose upper half has a type, too: #GP or #NP, no manual says which is first", _broken_absent_gate),
     Rule("the time", "RDTSC reads another time", _time),
     Rule("LAR of 16-bit system segments", "there are none in IA-32e mode (LAR, LSL: table of types)", _small_system_segments),
     Rule("a TSS in the LDT", "JMP and CALL are #GP there, only IRET is #TS (SDM 3, 7.2.2); #TS in Unicorn", _tss_in_ldt),
