@@ -107,6 +107,9 @@ fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
         access::written(v, &slot, gpa, size as u64);
         return Ok(());
     }
+    if is_x87_store(i) {
+        return staged(v, i, bytes, la, integer);
+    }
     let locked = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
     if locked && integer && v.vm.vcpus.read().unwrap().len() > 1 && is_plain_memory(v, la, size, mode)? {
         // Atomic across two pages: nobody else runs meanwhile.
@@ -117,6 +120,12 @@ fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
         });
     }
     on_copy(v, i, bytes, la, integer, mode)
+}
+
+/// With an unmasked exception it stores nothing.
+fn is_x87_store(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(i.mnemonic(), Fst | Fstp | Fist | Fistp | Fisttp | Fbstp)
 }
 
 /// Is all of `[la, la + size)` memory whose writing concerns nobody else (no code, no device)?
@@ -195,7 +204,7 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
             Ok(_) => {}
         }
     }
-    if !is_masked(i) && faults == [None; 2] {
+    if !is_masked(i) && !is_x87_store(i) && faults == [None; 2] {
         // Somebody has mapped it meanwhile.
         return on_copy(v, i, bytes, la, integer, mode);
     }

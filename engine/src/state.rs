@@ -211,7 +211,10 @@ pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) -> bool {
         payload: if vector == 14 { v.cpu.cr2 } else { 0 },
         ..Exception::new(vector)
     });
-    v.user_irq = (b[8] != 0).then_some(b[9]);
+    // What user space's chip has said to an APIC in the kernel is not part of the events.
+    if b[8] != 0 || v.shared.lapic.is_none() {
+        v.user_irq = (b[8] != 0).then_some(b[9]);
+    }
     if b[20] & 4 != 0 {
         v.cpu.shadow = b[11] & (shadow::MOV_SS | shadow::STI);
     }

@@ -634,16 +634,21 @@ fn a_store_that_is_invalid_touches_no_memory() {
     for interpret in [false, true] {
         v.interpret_only = interpret;
         // fnclex; fldcw [r9]; fst qword [rbx], of an empty register; then, waiting for the exception, fnop
-        for (offset, waits) in (0..9).flat_map(|n| [(n, false), (n, true)]) {
+        let ends = [ABSENT, DATA + 0x9000].into_iter().flat_map(|end| (0..9).map(move |n| (end, n)));
+        for (end, offset, waits) in ends.flat_map(|(end, n)| [(end, n, false), (end, n, true)]) {
             let mut code = vec![0xdb, 0xe2, 0x41, 0xd9, 0x29, 0xdd, 0x13];
             code.extend(if waits { &[0xd9, 0xd0][..] } else { &[] });
             let mut case = Case::new(&mut Random(offset), code, true);
-            case.state.gpr[3] = ABSENT - offset;
+            case.state.gpr[3] = end - offset;
             case.state.gpr[9] = DATA;
             case.state.xsave[4] = 0;
             case.data[..2].copy_from_slice(&0x27e_u16.to_le_bytes());
             let done = case.compare(&mut v);
-            assert!(done.is_ok(), "{offset} bytes, waits: {waits}, interpreted: {interpret}: {}", done.unwrap_err());
+            assert!(
+                done.is_ok(),
+                "{offset} bytes before {end:#x}, waits: {waits}, interpreted: {interpret}: {}",
+                done.unwrap_err()
+            );
         }
     }
 }

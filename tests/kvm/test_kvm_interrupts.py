@@ -11,6 +11,7 @@ from kvmkit.kvm import Kvm, irqchip_route, msi_route
 from kvmkit.kvm.exits import Hlt, Intr, Io, IrqWindowOpen
 from kvmkit.kvm.modes import set_long_mode
 from kvmkit.testing import CODE, DATA, TABLES, Guest
+from kvmkit.uapi.capabilities import KVM_CAP_X86_SMM
 from kvmkit.uapi.common import (
     KVM_IRQFD_FLAG_DEASSIGN,
     KVM_IRQFD_FLAG_RESAMPLE,
@@ -266,7 +267,7 @@ LOGICAL, HINT = 4, 8
         (1 << 12 | HINT, VECTOR, 1),
         (3 << 12 | HINT | LOGICAL, VECTOR, 1),  # one of the two
         (5 << 12, 0x100 | VECTOR, 0),  # lowest priority
-        (0, 0x200 | VECTOR, 0),  # SMI
+        (0, 0x200 | VECTOR, 0),  # SMI, of a KVM that has none
         (0, 0x400, 1),  # NMI
         (0, 0x500, 1),  # INIT
         (0, 0x700, 0),  # ExtINT
@@ -275,10 +276,11 @@ LOGICAL, HINT = 4, 8
 )
 def test_msi_says_how_many_took_it(kvm: Kvm, address: int, data: int, taken: int, x2apic: bool) -> None:
     with Guest(kvm, "hlt", irqchip=True, vcpus=2) as guest:
-        fixed = not data & 0x400
-        assert guest.vm.signal_msi(LAPIC | address, data) == (
-            0 if fixed else taken
-        )  # APICs are off after reset
+        mode = data & 0x700
+        if mode == 0x200 and kvm.check_extension(KVM_CAP_X86_SMM):
+            taken = 1
+        # APICs are off after reset.
+        assert guest.vm.signal_msi(LAPIC | address, data) == (0 if mode in (0, 0x100) else taken)
         for vcpu in guest.vcpus:
             if x2apic:
                 sregs = vcpu.get_sregs()
@@ -322,7 +324,7 @@ def test_pit_ticks_that_find_one_waiting(
 ) -> None:
     """They follow at once, or are lost: then the next ones come when they are due."""
     needs("KVM_CAP_REINJECT_CONTROL")
-    program = "mov al, 0x34\nout 0x43, al\nmov ax, 1193\nout 0x40, al\nmov al, ah\nout 0x40, al\n"
+    program = "mov al, 0x34\nout 0x43, al\nmov ax, 11932\nout 0x40, al\nmov al, ah\nout 0x40, al\n"
     with Guest(kvm, program + make(0), irqchip=True, pit=True) as guest:
         guest.vm.reinject_control(reinject)
 
@@ -332,7 +334,7 @@ def test_pit_ticks_that_find_one_waiting(
         def ticks_in_ms(ticks: int) -> float:
             while port(guest) != DELIVERED:
                 pass
-            end = clock_ms() + 40
+            end = clock_ms() + 400
             while clock_ms() < end:  # in the handler, its end of interrupt to come
                 pass
             start = clock_ms()
@@ -341,10 +343,10 @@ def test_pit_ticks_that_find_one_waiting(
             return clock_ms() - start
 
         if reinject:
-            # Never in less time without; a busy machine may need several attempts.
-            assert any(ticks_in_ms(30) < 25 for _ in range(20))
+            # Never in less time without; a busy machine may need several attempts. 10 ms: a test bed is slow.
+            assert any(ticks_in_ms(30) < 250 for _ in range(5))
         else:
-            assert all(ticks_in_ms(6) > 3 for _ in range(3))
+            assert all(ticks_in_ms(6) > 30 for _ in range(2))
 
 
 def test_pit_counter_2_answers_port_0x61(kvm: Kvm) -> None:
