@@ -17,13 +17,16 @@ class Watchdog:
         self._lock = threading.Lock()
         self._stop: Callable[[], None] | None = None
         self._deadline = 0.0
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread: threading.Thread | None = None
 
     @contextmanager
     def watching(self, stop: Callable[[], None]) -> Iterator[None]:
         """Call `stop` every second, from another thread, once the block has taken longer than `TIMEOUT_S`."""
         with self._lock:
             self._stop, self._deadline, self.expired = stop, time.monotonic() + TIMEOUT_S, False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, daemon=True)
+                self._thread.start()
         try:
             yield
         finally:
