@@ -12,19 +12,17 @@ in its TLBs. The guest wrote them, so nothing in them is trusted: each table's a
 read by process_vm_readv(2), which fails where the host has no memory, and the levels bound the loop. Nothing is written.
 """
 
-import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kvmkit.kvm.memory import MemorySlot
+from kvmkit.kvm.memory import MemorySlot, load_bytes
 from kvmkit.uapi import common, x86
 
 if TYPE_CHECKING:
     from kvmkit.kvm.contract import Vcpu
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _SLOT_FLAGS = {
     common.KVM_MEM_LOG_DIRTY_PAGES: "LOG_DIRTY_PAGES",
     common.KVM_MEM_READONLY: "READONLY",
@@ -74,6 +72,7 @@ class Fault:
 
 
 AccessKind = Literal["read", "write", "execute"]
+ACCESS_KINDS: tuple[AccessKind, ...] = get_args(AccessKind)
 
 
 @dataclass(frozen=True)
@@ -210,16 +209,10 @@ class SlotMemory:
         slot = self.find(gpa, size_bytes)
         if slot is None:
             return None
-        data = ctypes.create_string_buffer(size_bytes)
-        here = _iovec(ctypes.addressof(data), size_bytes)
-        there = _iovec(slot.hva + gpa - slot.gpa, size_bytes)
-        # A slot may name any address: reading it ourselves might be a SIGSEGV.
-        n = _libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
-        return int.from_bytes(data.raw, "little") if n == size_bytes else None
-
-
-class _iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_uint64), ("len", ctypes.c_size_t))
+        try:
+            return int.from_bytes(load_bytes(slot.hva + gpa - slot.gpa, size_bytes), "little")
+        except OSError:
+            return None
 
 
 def walk(vcpu: "Vcpu", gva: int) -> Walk:
@@ -245,6 +238,11 @@ def walk(vcpu: "Vcpu", gva: int) -> Walk:
         if hva is not None:
             stages.append(_host(hva))
     return Walk(gva, tuple(stages))
+
+
+def ones(low: int, high: int) -> int:
+    """Ones from bit `low` to bit `high`; none if that is below `low`."""
+    return (1 << high + 1) - (1 << low) if high >= low else 0
 
 
 def _host(hva: int) -> Host:

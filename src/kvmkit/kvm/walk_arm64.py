@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvmkit.kvm.walk import Access, AccessKind, Fault, Paging, SlotMemory, Step
+from kvmkit.kvm.walk import ACCESS_KINDS, Access, AccessKind, Fault, Paging, SlotMemory, Step, ones
 from kvmkit.uapi.arm64 import ARM64_SYS_REG, REG_PSTATE
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ _AP_EL0, _AP_RO, _AF, _NG = 1 << 6, 1 << 7, 1 << 10, 1 << 11
 _DBM, _CONTIGUOUS, _PXN, _UXN = 1 << 51, 1 << 52, 1 << 53, 1 << 54
 _PXN_TABLE, _UXN_TABLE, _AP_NO_EL0_TABLE, _AP_RO_TABLE = 1 << 59, 1 << 60, 1 << 61, 1 << 62
 
-_KINDS: tuple[AccessKind, ...] = ("read", "write", "execute")
 
 # Fault status codes (DFSC and IFSC of ESR_EL1); the level is added.
 _ADDRESS_SIZE, _TRANSLATION, _ACCESS_FLAG, _PERMISSION = 0x00, 0x04, 0x08, 0x0C
@@ -82,12 +81,12 @@ class _Regime:
     def root(self) -> int:
         """The first table's address."""
         entries_bits = self.va_bits - self.shift(self.first_level)
-        address = self.ttbr & _bits(max(entries_bits + 3, 6 if self.pa_bits == 52 else 1), 47)
+        address = self.ttbr & ones(max(entries_bits + 3, 6 if self.pa_bits == 52 else 1), 47)
         return address | (self.ttbr >> 2 & 15) << 48 if self.pa_bits == 52 else address
 
     def address(self, entry: int) -> int:
         """The address in an entry, of a table or of a page of the granule's size."""
-        address = entry & _bits(self.granule_bits, 47)
+        address = entry & ones(self.granule_bits, 47)
         return address | (entry >> 12 & 15) << 48 if self.pa_bits == 52 else address
 
     def may_be_block(self, level: int) -> bool:
@@ -162,7 +161,7 @@ def walk_tables(vcpu: "Vcpu", memory: SlotMemory, gva: int) -> Paging | None:
         accesses=tuple(
             Access(user, kind, _fault(regime, kind, user, progress))
             for user in (False, True)
-            for kind in _KINDS
+            for kind in ACCESS_KINDS
         ),
         notes=tuple(_notes(tcr, tcr2)),
     )
@@ -175,8 +174,8 @@ def _start(regime: _Regime, gva: int) -> _Progress:
     top = 55 if regime.flag(37) else 63
     if not 16 - (regime.granule_bits == 16) * 4 <= 64 - regime.va_bits <= 39:
         progress.end = f"TCR_EL1 gives the addresses of {name} {regime.va_bits} bits, which there can't be"
-    elif gva >> regime.va_bits & _bits(0, top - regime.va_bits) != (
-        _bits(0, top - regime.va_bits) if regime.upper else 0
+    elif gva >> regime.va_bits & ones(0, top - regime.va_bits) != (
+        ones(0, top - regime.va_bits) if regime.upper else 0
     ):
         progress.end = f"the address is in neither half: bits {regime.va_bits} to {top} aren't all alike"
     elif regime.tcr >> (23 if regime.upper else 7) & 1:
@@ -193,7 +192,7 @@ def _follow(regime: _Regime, memory: SlotMemory, gva: int, progress: _Progress) 
     for level in range(regime.first_level, 4):
         shift = regime.shift(level)
         highest = regime.va_bits - 1 if level == regime.first_level else shift + regime.stride - 1
-        index = gva >> shift & _bits(0, highest - shift)
+        index = gva >> shift & ones(0, highest - shift)
         address = table + index * 8
         entry = memory.read(address, 8)
         bits = entry or 0
@@ -231,7 +230,7 @@ def _follow(regime: _Regime, memory: SlotMemory, gva: int, progress: _Progress) 
         if progress.end is not None:
             return
         if leaf:
-            offset = _bits(0, shift - 1)
+            offset = ones(0, shift - 1)
             progress.leaf, progress.result = bits, output & ~offset | gva & offset
             return
         if not regime.flag(41):  # HPD
@@ -324,8 +323,3 @@ def _get_or_0(vcpu: "Vcpu", id: int) -> int:
         return vcpu.get_one_reg(id)
     except OSError:
         return 0
-
-
-def _bits(low: int, high: int) -> int:
-    """Ones from bit `low` to bit `high`; none if that is below `low`."""
-    return (1 << high + 1) - (1 << low) if high >= low else 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvmkit.kvm.walk import Access, AccessKind, Fault, Paging, SlotMemory, Step
+from kvmkit.kvm.walk import ACCESS_KINDS, Access, AccessKind, Fault, Paging, SlotMemory, Step, ones
 from kvmkit.uapi import x86
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _P, _W, _U, _A, _D, _PS, _G, _NX = (1 << bit for bit in (0, 1, 2, 5, 6, 7, 8, 63
 _PAT_OF_A_LARGE_PAGE = 1 << 12
 
 _NAMES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
-_KINDS: tuple[AccessKind, ...] = ("read", "write", "execute")
 
 # #PF error code (4.7).
 _EC_P, _EC_W, _EC_U, _EC_RSVD, _EC_I = 1, 2, 4, 8, 16
@@ -78,18 +77,18 @@ class _Mmu:
         """The bits that must be 0."""
         if self.entry_bytes == 4:
             # A 4 MiB page has address bits from 32 on in its bits 13 to 20 (PSE-36).
-            return _bits(13 + self.bits_of_4m_pages - 32, 21) if leaf and level == 2 else 0
-        mask = _bits(self.physical_bits, 62 if self.pae else 51)
+            return ones(13 + self.bits_of_4m_pages - 32, 21) if leaf and level == 2 else 0
+        mask = ones(self.physical_bits, 62 if self.pae else 51)
         if "NXE" not in self.controls:
             mask |= _NX
         if self.pae and level == 3:
-            return mask | _NX | _bits(1, 2) | _bits(5, 8)
+            return mask | _NX | ones(1, 2) | ones(5, 8)
         if level > 3 or (level == 3 and not self.has_1g_pages):
             mask |= _PS
         if self.amd and level > 3:
             mask |= _G
         if leaf and level > 1:
-            mask |= _bits(13, self.shift(level) - 1)
+            mask |= ones(13, self.shift(level) - 1)
         return mask
 
     @property
@@ -99,15 +98,15 @@ class _Mmu:
 
     def page(self, level: int, entry: int, gva: int) -> int:
         """The physical address that a leaf maps `gva` to."""
-        offset = _bits(0, self.shift(level) - 1)
+        offset = ones(0, self.shift(level) - 1)
         base = self.next(entry) & ~offset
         if self.entry_bytes == 4 and level == 2:
-            base |= (entry >> 13 & _bits(0, self.bits_of_4m_pages - 33)) << 32
+            base |= (entry >> 13 & ones(0, self.bits_of_4m_pages - 33)) << 32
         return base | gva & offset
 
     def next(self, entry: int) -> int:
         """The address in an entry."""
-        return entry & (_bits(12, 31) if self.entry_bytes == 4 else _bits(12, 51))
+        return entry & (ones(12, 31) if self.entry_bytes == 4 else ones(12, 51))
 
 
 @dataclass
@@ -136,7 +135,7 @@ def walk_tables(vcpu: "Vcpu", memory: SlotMemory, gva: int) -> Paging | None:
     if mmu.levels < 4:
         gva &= 0xFFFFFFFF
     sign_bit = mmu.shift(mmu.levels + 1) - 1
-    canonical = mmu.levels < 4 or gva >> sign_bit in (0, _bits(0, 63 - sign_bit))
+    canonical = mmu.levels < 4 or gva >> sign_bit in (0, ones(0, 63 - sign_bit))
     if canonical:
         progress = _follow(mmu, memory, gva, _loaded_pdptes(vcpu) if mmu.pae else None)
     else:
@@ -144,7 +143,7 @@ def walk_tables(vcpu: "Vcpu", memory: SlotMemory, gva: int) -> Paging | None:
     ac = bool(vcpu.get_regs().rflags & _RFLAGS_AC)
     accesses = []
     for by_user in (False, True):
-        for kind in _KINDS:
+        for kind in ACCESS_KINDS:
             fault: Fault | None = None
             if not canonical:
                 fault = Fault("#GP", 0, progress.end or "")
@@ -226,12 +225,12 @@ def _mmu(vcpu: "Vcpu", sregs: x86.kvm_sregs) -> _Mmu:
     sizes, extended, vendor = (cpuid.get((leaf, 0)) for leaf in (0x80000008, 0x80000001, 0))
     physical_bits = sizes.eax & 0xFF if sizes else 36
     if "PAE" not in controls:
-        mode, levels, root = "32-bit", 2, sregs.cr3 & _bits(12, 31)
+        mode, levels, root = "32-bit", 2, sregs.cr3 & ones(12, 31)
     elif "LMA" not in controls:
-        mode, levels, root = "PAE", 3, sregs.cr3 & _bits(5, 31)
+        mode, levels, root = "PAE", 3, sregs.cr3 & ones(5, 31)
     else:
         levels = 5 if "LA57" in controls else 4
-        mode, root = f"{levels}-level", sregs.cr3 & _bits(12, physical_bits - 1)
+        mode, root = f"{levels}-level", sregs.cr3 & ones(12, physical_bits - 1)
     return _Mmu(
         mode=mode,
         levels=levels,
@@ -302,8 +301,3 @@ def _notes(mmu: _Mmu, page: _Progress) -> Iterable[str]:
         register = "PKRU" if page.user else "IA32_PKRS"
         key = page.leaf >> 59 & 15
         yield f"protection key {key}: {register}, which isn't looked at here, may deny reads and writes as well"
-
-
-def _bits(low: int, high: int) -> int:
-    """Ones from bit `low` to bit `high`; none if that is below `low`."""
-    return (1 << high + 1) - (1 << low) if high >= low else 0

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 from kvmkit import _engine
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
-from kvmkit.kvm.memory import MemorySlot
+from kvmkit.kvm.memory import MemorySlot, load_bytes, store_bytes
 from kvmkit.kvm.rings import DirtyRing
 from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.coalesced_mmio import CoalescedMmio
@@ -27,13 +27,6 @@ from kvmkit.uapi import arm64, capabilities, common
 from kvmkit.uapi import common as c
 from kvmkit.uapi import x86 as x
 from kvmkit.uapi.errors import ioctl_error
-
-_libc = ctypes.CDLL(None)
-
-
-class _iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_uint64), ("len", ctypes.c_size_t))
-
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -220,7 +213,7 @@ class Kvm(_Descriptor, contract.Kvm):
         """KVM_GET_DEVICE_ATTR."""
         if not self.has_device_attr(group, attr):
             raise ioctl_error("KVM_GET_DEVICE_ATTR", errno.ENXIO, f"attribute {attr} of group {group}")
-        _named("KVM_GET_DEVICE_ATTR", _store_u64, addr, _engine.supported_xcr0())
+        _named("KVM_GET_DEVICE_ATTR", store_bytes, addr, _engine.supported_xcr0().to_bytes(8, "little"))
 
     def has_device_attr(self, group: int, attr: int) -> bool:
         """KVM_HAS_DEVICE_ATTR."""
@@ -544,7 +537,7 @@ class Vm(_Descriptor, contract.Vm):
             size_bytes = (r.nmsrs + 63) // 64 * 8
             if not r.flags or r.flags & ~_MSR_ACCESS or size_bytes > x.KVM_MSR_FILTER_MAX_BITMAP_SIZE:
                 raise ioctl_error(name, errno.EINVAL, f"flags {r.flags:#x}, {r.nmsrs} MSRs from {r.base:#x}")
-            ranges.append((r.flags, r.base, r.nmsrs, _named(name, _load, r.bitmap, size_bytes)))
+            ranges.append((r.flags, r.base, r.nmsrs, _named(name, load_bytes, r.bitmap, size_bytes)))
         self._vm.set_msr_filter(deny, ranges)
 
     def get_stats_fd(self) -> int:
@@ -1027,13 +1020,13 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_SET_DEVICE_ATTR: the TSC's offset."""
         name = "KVM_SET_DEVICE_ATTR"
         self._tsc_offset(name, group, attr)
-        self._vcpu.set_tsc_offset(int.from_bytes(_named(name, _load, addr, 8), "little"))
+        self._vcpu.set_tsc_offset(int.from_bytes(_named(name, load_bytes, addr, 8), "little"))
 
     def get_device_attr(self, group: int, attr: int, addr: int = 0) -> None:
         """KVM_GET_DEVICE_ATTR: the TSC's offset."""
         name = "KVM_GET_DEVICE_ATTR"
         self._tsc_offset(name, group, attr)
-        _named(name, _store_u64, addr, self._vcpu.get_tsc_offset())
+        _named(name, store_bytes, addr, self._vcpu.get_tsc_offset().to_bytes(8, "little"))
 
     def _tsc_offset(self, name: str, group: int, attr: int) -> None:
         if not self.has_device_attr(group, attr):
@@ -1065,23 +1058,6 @@ def _check_sregs(name: str, sregs: x.kvm_sregs | x.kvm_sregs2) -> None:
 def _has_pdptrs(sregs: x.kvm_sregs2) -> bool:
     """Whether paging is PAE's: CR0.PG and CR4.PAE without EFER.LMA."""
     return bool(sregs.cr0 & 1 << 31 and sregs.cr4 & 1 << 5 and not sregs.efer & 1 << 10)
-
-
-def _copy(call: Callable[..., int], data: ctypes.Array[ctypes.c_char], addr: int) -> None:
-    """Copy between `data` and where user space says, as the kernel does: EFAULT where nothing is mapped."""
-    here, there = _iovec(ctypes.addressof(data), len(data)), _iovec(addr, len(data))
-    if call(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) != len(data):
-        raise OSError(errno.EFAULT, f"nothing is mapped at {addr:#x}")
-
-
-def _store_u64(addr: int, value: int) -> None:
-    _copy(_libc.process_vm_writev, ctypes.create_string_buffer(value.to_bytes(8, "little"), 8), addr)
-
-
-def _load(addr: int, size_bytes: int) -> bytes:
-    data = ctypes.create_string_buffer(size_bytes)
-    _copy(_libc.process_vm_readv, data, addr)
-    return data.raw
 
 
 def _named(name: str, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:

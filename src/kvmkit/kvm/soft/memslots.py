@@ -162,13 +162,5 @@ class MemSlots:
             done += n
         return size - done
 
-    def read(self, gpa: int, size: int) -> bytes | None:
-        """Bytes of guest memory that lie in one slot; None where none is."""
-        with self._lock:
-            for start, length, hva, _ in self._slots.values():
-                if start <= gpa and gpa + size <= start + length:
-                    return ctypes.string_at(hva + gpa - start, size)
-        return None
-
 
 assert mmap.PAGESIZE == _PAGE  # of x86, the only host of this engine
