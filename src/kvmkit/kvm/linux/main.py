@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from threading import get_native_id
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from kvmkit.kvm import contract
 from kvmkit.kvm.exits import Exit, Intr, decode
@@ -192,7 +192,7 @@ class Vm(Fd, contract.Vm):
     def create_vcpu(self, id: int) -> "Vcpu":
         """KVM_CREATE_VCPU."""
         fd = self._ioctl(c.KVM_CREATE_VCPU, id)
-        return self.vcpu_class(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes)._of(self)
+        return self.vcpu_class(self, fd, id)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
         """KVM_ENABLE_CAP."""
@@ -317,19 +317,19 @@ class Vcpu(Fd, contract.Vcpu):
     coalesced_mmio_page: int
     """Page of the vCPU's mapping that is the coalesced MMIO ring (KVM_COALESCED_MMIO_PAGE_OFFSET)."""
 
-    def __init__(self, fd: int, id: int, mmap_size_bytes: int, dirty_ring_size_bytes: int) -> None:
-        """Take over `fd` and map its kvm_run, and its dirty ring if it has one."""
+    def __init__(self, vm: Vm, fd: int, id: int) -> None:
+        """Take over `fd` and map its kvm_run, and its dirty ring if it has one. Its VM may be closed before it."""
         super().__init__(fd)
         self.id = id
-        self._slots: Mapping[int, MemorySlot] = {}
+        self._slots: Mapping[int, MemorySlot] = vm._slots
         self._running_tid = 0
         self._coalesced: CoalescedRing | None = None
         self._dirty_ring: DirtyRing | None = None
         try:
-            self._mmap = mmap.mmap(fd, mmap_size_bytes, mmap.MAP_SHARED)
-            if dirty_ring_size_bytes:
+            self._mmap = mmap.mmap(fd, vm._mmap_size_bytes, mmap.MAP_SHARED)
+            if vm._dirty_ring_size_bytes:
                 offset = x86.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE  # arm64's is the same
-                self._dirty_mmap = mmap.mmap(fd, dirty_ring_size_bytes, mmap.MAP_SHARED, offset=offset)
+                self._dirty_mmap = mmap.mmap(fd, vm._dirty_ring_size_bytes, mmap.MAP_SHARED, offset=offset)
                 self._dirty_ring = DirtyRing(memoryview(self._dirty_mmap))
         except BaseException:
             self.close()
@@ -345,11 +345,6 @@ class Vcpu(Fd, contract.Vcpu):
         if self._run is None:
             raise ioctl_error("kvm_run", errno.EBADF, "the vCPU is closed")
         return self._run
-
-    def _of(self, vm: Vm) -> Self:
-        """Share the slots of its VM, which may be closed before it."""
-        self._slots = vm._slots
-        return self
 
     @property
     def memory_slots(self) -> list[MemorySlot]:

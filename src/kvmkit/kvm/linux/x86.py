@@ -100,12 +100,10 @@ class Kvm(_Tables, main.Kvm):
 class Vm(main.Vm):
     """A virtual machine on x86."""
 
-    def create_vcpu(self, id: int) -> "Vcpu":
-        """KVM_CREATE_VCPU."""
-        fd = self._ioctl(c.KVM_CREATE_VCPU, id)
-        xsave_size_bytes = self.check_extension(KVM_CAP_XSAVE2)
-        vcpu = Vcpu(fd, id, self._mmap_size_bytes, self._dirty_ring_size_bytes, xsave_size_bytes)
-        return vcpu._of(self)
+    def __init__(self, fd: int, mmap_size_bytes: int) -> None:
+        """Take over `fd`."""
+        super().__init__(fd, mmap_size_bytes)
+        self.vcpu_class = Vcpu
 
     def set_tss_addr(self, addr: int) -> None:
         """KVM_SET_TSS_ADDR."""
@@ -239,12 +237,10 @@ class Vcpu(_Tables, main.Vcpu):
     run_class = x.kvm_run
     coalesced_mmio_page = x.KVM_COALESCED_MMIO_PAGE_OFFSET
 
-    def __init__(
-        self, fd: int, id: int, mmap_size_bytes: int, dirty_ring_size_bytes: int, xsave_size_bytes: int
-    ) -> None:
-        """Take over `fd`; its XSAVE area has `xsave_size_bytes`, 0 if KVM_GET_XSAVE2 isn't there."""
-        super().__init__(fd, id, mmap_size_bytes, dirty_ring_size_bytes)
-        self._xsave_size_bytes = xsave_size_bytes or ctypes.sizeof(x.kvm_xsave)
+    def __init__(self, vm: main.Vm, fd: int, id: int) -> None:
+        """Take over `fd`; without KVM_GET_XSAVE2 its XSAVE area has the size that KVM_GET_XSAVE gives."""
+        super().__init__(vm, fd, id)
+        self._xsave_size_bytes = vm.check_extension(KVM_CAP_XSAVE2) or ctypes.sizeof(x.kvm_xsave)
 
     def get_regs(self) -> x.kvm_regs:
         """KVM_GET_REGS."""
