@@ -120,6 +120,11 @@ class Resamplers:
             self._drive(gsi, 0)
         return True
 
+    def raised(self) -> tuple[int, ...]:
+        """The GSIs that are up: seldom any, and what ends is looked for among them at each end of an interrupt."""
+        with self._lock:
+            return tuple(self._raised)
+
     def ended(self, gsi: int) -> None:
         """The guest ended an interrupt of `gsi`: lower the line and ask its devices."""
         with self._lock:

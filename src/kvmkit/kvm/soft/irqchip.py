@@ -121,8 +121,9 @@ class IrqChip:
     def _ended(self, chip: int, pin: int) -> None:
         if self.pit and (chip, pin) == _PIT_PIN:
             self._vm.pit_again()
-        for gsi in [gsi for gsi, pins in self.pins.items() if (chip, pin) in pins]:
-            self.resamplers.ended(gsi)
+        for gsi in self.resamplers.raised():
+            if (chip, pin) in self.pins.get(gsi, ()):
+                self.resamplers.ended(gsi)
 
     def _line(self, gsi: int, level: int, source: int) -> int:
         with self.lock:
