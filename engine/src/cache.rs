@@ -411,11 +411,11 @@ fn page_granules(page: u64, first: u64, last: u64) -> u64 {
     granules(first.max(page) - page, last.min(page + 0xfff) - page)
 }
 
-/// Inside `Vm::exclusive`: no vCPU may write to `page` by its TLB any more.
-pub fn revoke_writes(cpu: &mut Cpu, page: u64) {
+/// Inside `Vm::exclusive`: no vCPU may write by its TLB any more to those pages whose address is `revoked`.
+pub fn revoke_writes(cpu: &mut Cpu, revoked: impl Fn(u64) -> bool) {
     for table in &mut cpu.tlb {
         for (i, e) in table.iter_mut().enumerate() {
-            if e.gpa & !0xfff == page {
+            if e.write != tlb_invalid(i) && revoked(e.gpa & !0xfff) {
                 e.write = tlb_invalid(i);
             }
         }

@@ -8,8 +8,9 @@
 //! its ring, and the bit stays until KVM_RESET_DIRTY_RINGS finds the entry handed back (virt/kvm/dirty_ring.c has the
 //! protocol; Documentation/virt/kvm/api.rst, KVM_CAP_DIRTY_LOG_RING).
 
-use crate::cpu::{Cpu, Vcpu, tlb_invalid};
-use crate::mem::{LOG_DIRTY, Slot, Slots};
+use crate::cache::revoke_writes;
+use crate::cpu::Vcpu;
+use crate::mem::{LOG_DIRTY, Slot};
 use crate::vm::{Vm, request};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -112,17 +113,8 @@ pub fn reset_rings(vm: &Vm) -> u32 {
 /// Inside `Vm::exclusive`: have the next write to each logged page noticed whose bit is clear.
 fn protect(vm: &Vm) {
     let slots = vm.slots.read().unwrap().clone();
-    vm.each_cpu(|cpu| revoke_logged(cpu, &slots));
-}
-
-fn revoke_logged(cpu: &mut Cpu, slots: &Slots) {
-    for table in &mut cpu.tlb {
-        for (i, e) in table.iter_mut().enumerate() {
-            if e.write != tlb_invalid(i) && slots.find(e.gpa).is_some_and(|s| s.flags & LOG_DIRTY != 0) {
-                e.write = tlb_invalid(i);
-            }
-        }
-    }
+    let logged = |page| slots.find(page).is_some_and(|s| s.flags & LOG_DIRTY != 0);
+    vm.each_cpu(|cpu| revoke_writes(cpu, logged));
 }
 
 /// `struct kvm_dirty_gfn`. User space reads and writes it at any time.

@@ -45,7 +45,7 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
         return entry.host + offset;
     }
     // Before anything that waits for a safepoint, where this block may go.
-    let place = v.vm.cache.lock().unwrap().guest_rip(return_pc);
+    let place = place(v, return_pc);
     if write
         && offset + size <= 4096
         && let Some(host) = write_beside_code(v, address, size, mode, return_pc)
@@ -54,9 +54,7 @@ pub unsafe extern "C" fn memory(cpu: *mut Cpu, address: u64, info: u64, return_p
     }
     // A fault, a device, a page-crossing access, or a page with code: the interpreter takes the whole
     // instruction, of which nothing has happened yet.
-    let Some((rip, _)) = place else {
-        return leave_with(v, Exit::InternalError("translated code lost its place".into()));
-    };
+    let Some(rip) = place else { return lost(v) };
     v.shared.stats.count(counter::SLOW);
     v.cpu.rip = rip;
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
@@ -137,10 +135,7 @@ pub unsafe extern "C" fn indirect(cpu: *mut Cpu, target: u64, _: u64, return_pc:
     v.shared.stats.count(counter::INDIRECT);
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);
     if !mmu::is_canonical(target) {
-        let place = v.vm.cache.lock().unwrap().guest_rip(return_pc);
-        let Some((rip, _)) = place else {
-            return leave_with(v, Exit::InternalError("translated code lost its place".into()));
-        };
+        let Some(rip) = place(v, return_pc) else { return lost(v) };
         let result = not_taken(v, rip);
         return go_on(v, result);
     }
@@ -198,6 +193,15 @@ pub unsafe extern "C" fn link(cpu: *mut Cpu, id: u64, _: u64, _: u64) -> u64 {
         }
         Err(stop) => go_on(v, Err(stop)),
     }
+}
+
+/// The guest's rip where translated code called from `return_pc`.
+fn place(v: &Vcpu, return_pc: u64) -> Option<u64> {
+    v.vm.cache.lock().unwrap().guest_rip(return_pc).map(|(rip, _)| rip)
+}
+
+fn lost(v: &mut Vcpu) -> u64 {
+    leave_with(v, Exit::InternalError("translated code lost its place".into()))
 }
 
 fn leave_with(v: &mut Vcpu, exit: Exit) -> u64 {
@@ -287,7 +291,7 @@ fn find_block(v: &mut Vcpu) -> Result<(Target, bool), Stop> {
             drop(cache);
             vm.exclusive(Some(&v.shared), || {
                 vm.code.set(key.page, true);
-                vm.each_cpu(|cpu| revoke_writes(cpu, key.page));
+                vm.each_cpu(|cpu| revoke_writes(cpu, |page| page == key.page));
             });
             v.refresh();
             continue;
@@ -304,5 +308,3 @@ fn find_block(v: &mut Vcpu) -> Result<(Target, bool), Stop> {
         return Ok((target, page.global));
     }
 }
-
-const _: fn(Exception) -> Stop = Stop::Exception;

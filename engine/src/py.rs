@@ -21,6 +21,10 @@ use std::sync::{Arc, Mutex};
 fn os_error(errno: i32) -> PyErr {
     PyOSError::new_err((errno, std::io::Error::from_raw_os_error(errno).to_string()))
 }
+/// EINVAL unless `accepted`.
+fn valid(accepted: bool) -> PyResult<()> {
+    if accepted { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+}
 
 fn io_error(e: std::io::Error) -> PyErr {
     os_error(e.raw_os_error().unwrap_or(libc::EIO))
@@ -555,13 +559,13 @@ impl Vcpu {
 
     /// KVM_X86_SETUP_MCE; EINVAL for what isn't offered.
     fn setup_mce(&self, py: Python<'_>, cap: u64) -> PyResult<()> {
-        if self.with(py, |v| v.mce.setup(cap))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| v.mce.setup(cap))?)
     }
 
     /// KVM_X86_SET_MCE; EINVAL for a bank or an error that there isn't.
     fn set_mce(&self, py: Python<'_>, status: u64, addr: u64, misc: u64, mcg_status: u64, bank: u8) -> PyResult<()> {
         let error = mce::Error { status, addr, misc, mcg_status, bank };
-        if self.with(py, |v| mce::set(v, &error))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| mce::set(v, &error))?)
     }
 
     /// Make `run` return with KVM_EXIT_INTR, now or at its next call.
@@ -592,7 +596,7 @@ impl Vcpu {
     }
     fn set_sregs(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
-        if self.with(py, |v| state::set_sregs(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| state::set_sregs(v, b))?)
     }
     fn get_fpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.with(py, |v| state::get_fpu(v))?;
@@ -608,7 +612,7 @@ impl Vcpu {
     }
     fn set_xsave(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
-        if self.with(py, |v| state::set_xsave(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| state::set_xsave(v, b))?)
     }
     fn get_xcr0(&self, py: Python<'_>) -> PyResult<u64> {
         self.with(py, |v| v.cpu.xcr0)
@@ -650,7 +654,7 @@ impl Vcpu {
     }
     fn set_lapic(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
-        if self.with(py, |v| v.set_lapic(b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| v.set_lapic(b))?)
     }
     fn get_mp_state(&self, py: Python<'_>) -> PyResult<u32> {
         self.with(py, |v| {
@@ -681,7 +685,7 @@ impl Vcpu {
     }
     fn set_vcpu_events(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
-        if self.with(py, |v| state::set_events(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| state::set_events(v, b))?)
     }
     fn get_debugregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.with(py, |v| state::get_debugregs(v))?;
@@ -689,7 +693,7 @@ impl Vcpu {
     }
     fn set_debugregs(&self, py: Python<'_>, b: &[u8]) -> PyResult<()> {
         let b = array(b)?;
-        if self.with(py, |v| state::set_debugregs(v, b))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| state::set_debugregs(v, b))?)
     }
     fn get_pdptrs(&self, py: Python<'_>) -> PyResult<[u64; 4]> {
         self.with(py, |v| v.cpu.pdptrs)
@@ -702,7 +706,7 @@ impl Vcpu {
     }
     /// KVM_SET_TSC_KHZ; EINVAL for what can't be had.
     fn set_tsc_khz(&self, py: Python<'_>, khz: u32) -> PyResult<()> {
-        if self.with(py, |v| sys::set_tsc_khz(v, khz))? { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        valid(self.with(py, |v| sys::set_tsc_khz(v, khz))?)
     }
     fn get_tsc_khz(&self, py: Python<'_>) -> PyResult<u32> {
         self.with(py, |v| v.tsc_khz)
@@ -718,12 +722,11 @@ impl Vcpu {
     }
     /// KVM_KVMCLOCK_CTRL; EINVAL without a clock page.
     fn kvmclock_ctrl(&self, py: Python<'_>) -> PyResult<()> {
-        let has_clock = self.with(py, |v| {
+        valid(self.with(py, |v| {
             v.tell_stopped = v.cpu.msr.kvm_system_time & 1 != 0;
             crate::pvclock::update(v);
             v.cpu.msr.kvm_system_time & 1 != 0
-        })?;
-        if has_clock { Ok(()) } else { Err(os_error(libc::EINVAL)) }
+        })?)
     }
     /// KVM_SET_GUEST_DEBUG; EBUSY if it injects while an exception waits.
     fn set_guest_debug(&self, py: Python<'_>, control: u32, registers: [u64; 8]) -> PyResult<()> {

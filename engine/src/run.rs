@@ -117,21 +117,21 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
         vm.start_running(&v.shared);
         v.refresh();
     }
-    if requests & request::EXIT != 0 {
-        // The rest waits for the next KVM_RUN.
-        v.shared.bell.put_back(requests & !(request::EXIT | request::SAFEPOINT));
+    // What an exit leaves undone waits for the next KVM_RUN.
+    let leave = |done: u32, exit: Exit| {
+        v.shared.bell.put_back(requests & !(done | request::SAFEPOINT));
         v.cpu.look_again();
-        return Some(Exit::Intr);
+        Some(exit)
+    };
+    if requests & request::EXIT != 0 {
+        return leave(request::EXIT, Exit::Intr);
     }
     if requests & request::SIGNALS != 0 && v.shared.looks_for_signals.load(Ordering::Relaxed) {
-        v.shared.bell.put_back(requests & !(request::SIGNALS | request::SAFEPOINT));
-        v.cpu.look_again();
-        return Some(Exit::Signals);
+        return leave(request::SIGNALS, Exit::Signals);
     }
     if requests & request::RING_FULL != 0 && v.shared.ring.as_ref().is_some_and(|r| r.lock().unwrap().is_soft_full()) {
-        v.shared.bell.put_back(requests & !request::SAFEPOINT);
-        v.cpu.look_again();
-        return Some(Exit::DirtyRingFull);
+        // Asked again until it has room.
+        return leave(0, Exit::DirtyRingFull);
     }
     if requests & request::CLOCK != 0 {
         pvclock::update(v);

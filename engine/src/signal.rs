@@ -4,7 +4,8 @@
 //! The kernel delivers that as SIGFPE, SIGSEGV, SIGBUS or SIGILL. The handler recognises it by the thread
 //! (one that runs translated code), the stack pointer and the program counter, notes where it happened, and
 //! lets the thread continue at `Cpu::trap_exit`, which leaves translated code with the guest's registers as they
-//! were. Accesses of our own to guest memory that is gone are told by the program counter alone (`guest`). Any other signal goes to the handler that was there before.
+//! were. Accesses of our own to guest memory that is gone are told by the program counter alone (`guest`). Any other
+//! signal goes to the handler that was there before.
 //!
 //! Handlers run on an alternate stack, large enough for an AVX-512 frame: the interpreter's own (faulthandler)
 //! may be smaller. Kicks do not use signals at all: they set `Cpu::poll`.
