@@ -488,7 +488,7 @@ def jobs(
     pytest = f"{environment} python3.11 -m pytest -v -p no:cacheprovider -p no:hypothesispytest"
     found = [Job("suite", f"uname -rm; {pytest} {selection}\n", 1800, expect=r"=+ .*\b[1-9]\d* passed\b.*=+")]
     if not tests and not quick:
-        kvmkit = "python3.11 -c 'from kvmkit.cli import main; main()'"
+        kvmkit = "python3.11 -m kvmkit"
         if name == "amd":
             one = f"{kvmkit} run --engine kvm --verbose --timeout 200 -- uname -r"
             two = f"{kvmkit} run --engine kvm --cpus 2 --timeout 200 -- sh -c 'uname -r; nproc'"

@@ -63,27 +63,16 @@ def cell(ioctl: Ioctl, place: str, found: dict[str, tuple[str, str]]) -> str:
 def page() -> str:
     """Return the whole text."""
     found = {place: evidence(place) for place in PLACES}
-    shown = {
-        place: sum(found[place].get(ioctl.name, ("", ""))[0] == "test" for ioctl in IOCTLS)
-        for place in PLACES
-    }
-    refused = {
-        place: sum(found[place].get(ioctl.name, ("", ""))[0] == "refused" for ioctl in IOCTLS)
-        for place in PLACES
-    }
-    lines = [
-        HEAD,
-        "| | " + " | ".join(heading for heading, _ in PLACES.values()) + " |",
-        "|---|" + "---|" * len(PLACES),
-    ]
-    lines.append("| shown by a test | " + " | ".join(str(shown[place]) for place in PLACES) + " |")
-    lines.append("| seen refused | " + " | ".join(str(refused[place]) for place in PLACES) + " |")
+    headings = [heading for heading, _ in PLACES.values()]
+    lines = [HEAD, "| | " + " | ".join(headings) + " |", "|---|" + "---|" * len(PLACES)]
+    for title, wanted in (("shown by a test", "test"), ("seen refused", "refused")):
+        counts = [sum(kind == wanted for kind, _ in found[place].values()) for place in PLACES]
+        lines.append(f"| {title} | " + " | ".join(map(str, counts)) + " |")
     of = [sum(arch in ioctl.architectures for ioctl in IOCTLS) for _, arch in PLACES.values()]
     lines.append("| of the architecture's | " + " | ".join(map(str, of)) + " |")
     for section, title in (("system", "System"), ("vm", "VM"), ("vcpu", "vCPU"), ("device", "Device")):
         rows = [ioctl for ioctl in IOCTLS if ioctl.section == section]
         lines += ["", f"## {title}: {len(rows)} ioctls", ""]
-        headings = [heading for heading, _ in PLACES.values()]
         lines.append("| ioctl | number | argument | capability | method | " + " | ".join(headings) + " |")
         lines.append("|---|" + "---|" * (4 + len(PLACES)))
         lines += [row(ioctl, found) for ioctl in rows]
@@ -117,15 +106,12 @@ def exit_lines() -> list[str]:
         "|---|---|---|",
     ]
     documented = {
-        name: [
-            cls
-            for cls in vars(exits).values()
-            if isinstance(cls, type) and name in (cls.__doc__ or "").split(":")[0]
-        ]
-        for name in common.EXIT_REASONS.values()
+        cls: _words((cls.__doc__ or "").split(":")[0])
+        for cls in vars(exits).values()
+        if isinstance(cls, type)
     }
     for number, name in sorted(common.EXIT_REASONS.items()):
-        classes = [cls for cls in documented[name] if name in _words(cls.__doc__ or "")]
+        classes = [cls for cls, words in documented.items() if name in words]
         lines.append(f"| {number} | {name} | {', '.join(f'`{cls.__name__}`' for cls in classes)} |")
     return lines
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from kvmkit.kvm import GuestMemory
-from kvmkit.kvm.contract import Vcpu
-from kvmkit.kvm.exits import Exit
 from kvmkit.kvm.memory import MemorySlot
 from kvmkit.kvm.walk import Access, Host, Paging, Slot, SlotMemory, Walk
 from kvmkit.uapi import x86
 from kvmkit.uapi.common import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+
+from .still_vcpu import StillVcpu
 
 P, W, U, A, D, PS, G, NX = (1 << bit for bit in (0, 1, 2, 5, 6, 7, 8, 63))
 PG, WP = 1 << 31, 1 << 16
@@ -23,28 +23,17 @@ LMA, NXE = 1 << 10, 1 << 11
 ROOT = 0x1000
 
 
-class FakeVcpu(Vcpu):
+class FakeVcpu(StillVcpu):
     """A vCPU with 64 KiB of memory at 0 and the registers given."""
 
     def __init__(self, memory: GuestMemory, **registers: int) -> None:
-        self.memory = memory
+        super().__init__(memory)
         self.sregs = x86.kvm_sregs(**{"cr3": ROOT, **registers})
         self.rflags = 2
-        self.slots = [MemorySlot(0, 0, memory.size_bytes, memory.address, 0)]
         self.pdptes: tuple[int, ...] | None = None
         self.cpuid = {0: {}, 0x80000001: {"edx": 1 << 26}, 0x80000008: {"eax": 46}}
 
     kvm_run = x86.kvm_run()
-    closed = False
-
-    def run(self) -> Exit:
-        raise AssertionError
-
-    def kick(self) -> None:
-        raise AssertionError
-
-    def close(self) -> None:
-        raise AssertionError
 
     def get_sregs(self) -> x86.kvm_sregs:
         return self.sregs
@@ -61,13 +50,6 @@ class FakeVcpu(Vcpu):
 
     def get_cpuid2(self) -> list[x86.kvm_cpuid_entry2]:
         return [x86.kvm_cpuid_entry2(function=leaf, **values) for leaf, values in self.cpuid.items()]
-
-    @property
-    def memory_slots(self) -> list[MemorySlot]:
-        return self.slots
-
-    def put(self, gpa: int, value: int, size_bytes: int = 8) -> None:
-        self.memory.write(gpa, value.to_bytes(size_bytes, "little"))
 
 
 @pytest.fixture

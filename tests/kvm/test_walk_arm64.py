@@ -5,9 +5,6 @@ from collections.abc import Iterator
 import pytest
 
 from kvmkit.kvm import GuestMemory
-from kvmkit.kvm.contract import Vcpu
-from kvmkit.kvm.exits import Exit
-from kvmkit.kvm.memory import MemorySlot
 from kvmkit.kvm.walk import Fault, Paging
 from kvmkit.kvm.walk_arm64 import (
     ID_AA64MMFR0_EL1,
@@ -20,19 +17,21 @@ from kvmkit.kvm.walk_arm64 import (
 )
 from kvmkit.uapi import arm64
 
+from .still_vcpu import StillVcpu
+
 VALID, TABLE, AF, EL0, RO = 1 << 0, 1 << 1, 1 << 10, 1 << 6, 1 << 7
 DBM, PXN, UXN = 1 << 51, 1 << 53, 1 << 54
 ROOT = 0x10000
 HA, HD = 1 << 39, 1 << 40
 
 
-class FakeVcpu(Vcpu):
+class FakeVcpu(StillVcpu):
     """A vCPU with 256 KiB of memory at 0 and the registers given; a granule of 4 KiB and 39 bits in each half unless `tcr` says else."""
 
     def __init__(
         self, memory: GuestMemory, *, tcr: int = 25 | 25 << 16 | 2 << 30, sctlr: int = 1, pstate: int = 0
     ) -> None:
-        self.memory = memory
+        super().__init__(memory)
         self.registers = {
             SCTLR_EL1: sctlr,
             TCR_EL1: tcr | 5 << 32,
@@ -44,28 +43,11 @@ class FakeVcpu(Vcpu):
         }
 
     kvm_run = arm64.kvm_run()
-    closed = False
-
-    def run(self) -> Exit:
-        raise AssertionError
-
-    def kick(self) -> None:
-        raise AssertionError
-
-    def close(self) -> None:
-        raise AssertionError
 
     def get_one_reg(self, id: int) -> int:
         if id not in self.registers:
             raise OSError(2, "no such register")
         return self.registers[id]
-
-    @property
-    def memory_slots(self) -> list[MemorySlot]:
-        return [MemorySlot(0, 0, self.memory.size_bytes, self.memory.address, 0)]
-
-    def put(self, gpa: int, value: int) -> None:
-        self.memory.write(gpa, value.to_bytes(8, "little"))
 
     def paging(self, gva: int) -> Paging:
         paging = self.walk(gva).paging

@@ -190,8 +190,6 @@ def _registers(r: Random, mode: Mode, user: bool, control: dict[str, int]) -> di
     return found
 
 
-CODE_32, CODE_16, CODE_64 = 0xC09B, 0x009B, 0xA09B
-DATA_FLAGS = 0x4093
 USER = 0x60
 FLAT_BYTES = c.MEMORY_BYTES - 1
 

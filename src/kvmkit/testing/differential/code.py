@@ -191,7 +191,7 @@ class Writer:
         first = self.rm(s)
         lock = "lock " if "[" in first and self.r.random() < 0.3 else ""
         if self.r.random() < 0.15:
-            return f"{lock if lock else ''}cmpxchg8b {self.mem(64)}"
+            return f"{lock}cmpxchg8b {self.mem(64)}"
         if op == "xchg" and self.r.random() < 0.5:
             return f"xchg {self.reg(s)}, {self.mem(s)}"
         return f"{lock}{op} {first}, {self.reg(s)}"
@@ -313,11 +313,7 @@ class Writer:
         if form == 1:
             return f"push {self.pick(pops)}; pop {self.pick(pops)}"
         if form == 2:
-            return (
-                f"push {self.selector()}; pop {self.pick(pops)}"
-                if self.bits != 64
-                else f"push {self.selector()}; pop {self.pick('fs gs')}"
-            )
+            return f"push {self.selector()}; pop {self.pick(pops)}"
         if form == 3:
             name = self.pick("les lds lss lfs lgs") if self.bits != 64 else self.pick("lss lfs lgs")
             s = self.size(16, 32)

@@ -12,6 +12,8 @@ from kvmkit.uapi import x86
 ERROR_CODES = frozenset((8, 10, 11, 12, 13, 14, 17))
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 DR6, DR7 = 0xFFFF0FF0, 0x400
+OTHER_MSRS = {name: index for name, index in c.MSRS.items() if name not in ("EFER", "FS_BASE", "GS_BASE")}
+"""Without those that KVM_GET_SREGS has."""
 
 CPUID = (
     # Only what every x86-64 processor has: two engines must agree on which bits of a control register are reserved.
@@ -94,10 +96,9 @@ class Machine:
         self.map.write(0, case.image())
         self._load(vcpu, case)
         end = self._to_the_end(vcpu)
-        if end not in ("halt",):
-            outcome = Outcome(end)
+        if end != "halt":
             self._drop()
-            return outcome
+            return Outcome(end)
         return self._outcome(vcpu, case)
 
     def _load(self, vcpu: Vcpu, case: Case) -> None:
@@ -113,8 +114,7 @@ class Machine:
         sregs.gdt.base, sregs.gdt.limit = case.control["gdt"], case.control["gdt_limit"]
         sregs.idt.base, sregs.idt.limit = case.control["idt"], case.control["idt_limit"]
         vcpu.set_sregs(sregs)
-        msrs = {index: 0 for name, index in c.MSRS.items() if name not in ("EFER", "FS_BASE", "GS_BASE")}
-        vcpu.set_msrs(msrs)
+        vcpu.set_msrs(dict.fromkeys(OTHER_MSRS.values(), 0))
         vcpu.set_regs(x86.kvm_regs(**case.registers))
 
     def _to_the_end(self, vcpu: Vcpu) -> str:
@@ -154,9 +154,8 @@ class Machine:
             table: x86.kvm_dtable = getattr(sregs, name)
             values[name], values[f"{name}.limit"] = table.base, table.limit
         values |= {f"dr{n}": value for n, value in enumerate(debug.db)} | {"dr6": debug.dr6, "dr7": debug.dr7}
-        indices = [index for name, index in c.MSRS.items() if name not in ("EFER", "FS_BASE", "GS_BASE")]
-        found = vcpu.get_msrs(indices)
-        values |= {name: found[index] for name, index in c.MSRS.items() if index in found}
+        found = vcpu.get_msrs(OTHER_MSRS.values())
+        values |= {name: found[index] for name, index in OTHER_MSRS.items() if index in found}
         outcome = Outcome("halt", values, self.memory.read(0, c.MEMORY_BYTES))
         _interpret(outcome, case)
         return outcome
@@ -176,8 +175,6 @@ def _interpret(outcome: Outcome, case: Case) -> None:
     outcome.end = f"vector {vector}"
     long = bool(v["efer"] & 1 << 10)
     size = 8 if long else 4 if v["cr0"] & 1 and v["cs"] & 3 == 0 else 2
-    if not v["cr0"] & 1:
-        size = 2
     sp = (v["rsp"] if v.get("ss.flags", 0x4000) & 0x4000 or long else v["rsp"] & 0xFFFF) + (
         0 if long else v.get("ss.base", 0)
     )
