@@ -327,6 +327,8 @@ def test_pit_ticks_that_find_one_waiting(
     program = "mov al, 0x34\nout 0x43, al\nmov ax, 11932\nout 0x40, al\nmov al, ah\nout 0x40, al\n"
     with Guest(kvm, program + make(0), irqchip=True, pit=True) as guest:
         guest.vm.reinject_control(reinject)
+        while port(guest) != READY:  # on a slow machine the first tick comes before
+            pass
 
         def clock_ms() -> float:
             return guest.vm.get_clock().clock / 1e6
