@@ -94,6 +94,15 @@ impl Vm {
         check_pid(self.pid)?;
         Ok(&self.vm)
     }
+
+    /// How many local APICs took the message; -1 if there is no vCPU.
+    fn deliver(&self, message: Message) -> PyResult<i64> {
+        let vm = self.machine()?;
+        if vm.vcpus.read().unwrap().is_empty() {
+            return Ok(-1);
+        }
+        Ok(lapic::deliver(vm, message, None).into())
+    }
 }
 
 impl Drop for Vm {
@@ -212,12 +221,12 @@ impl Vm {
         Ok(())
     }
 
-    fn signal_msi(&self, address: u64, data: u32) -> PyResult<u32> {
-        Ok(lapic::deliver(self.machine()?, lapic::message(address, data), None))
+    fn signal_msi(&self, address: u64, data: u32) -> PyResult<i64> {
+        self.deliver(lapic::message(address, data))
     }
 
-    fn send_message(&self, message: PyMessage) -> PyResult<u32> {
-        Ok(lapic::deliver(self.machine()?, decode_message(message), None))
+    fn send_message(&self, message: PyMessage) -> PyResult<i64> {
+        self.deliver(decode_message(message))
     }
 
     fn set_extint(&self, level: bool) -> PyResult<()> {

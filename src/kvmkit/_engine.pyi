@@ -49,10 +49,10 @@ class Vm:
         """For which KVM_MSR_EXIT_REASON_* a refused RDMSR or WRMSR exits."""
 
     def signal_msi(self, address: int, data: int) -> int:
-        """Deliver a message; the number of local APICs that took it."""
+        """Deliver a message; the number of local APICs that took it, -1 if there is no vCPU."""
 
     def send_message(self, message: _Message) -> int:
-        """Deliver a decoded message; the number of local APICs that took it."""
+        """Deliver a decoded message; the number of local APICs that took it, -1 if there is no vCPU."""
 
     def set_extint(self, level: bool) -> None:
         """Level of the PIC's INTR."""

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
@@ -80,6 +81,25 @@ def test_irq_line_status(kvm: Kvm, needs: Callable[[str], int]) -> None:
         vm.irq_line_status(4, 0)
         assert vm.irq_line_status(4, 1) == 0  # still pending
         assert vm.irq_line_status(5, 1) < 0  # a pin of the IOAPIC is masked after reset
+
+
+@pytest.mark.parametrize("vcpus", [0, 1])
+def test_irq_line_status_where_nobody_takes_it(kvm: Kvm, needs: Callable[[str], int], vcpus: int) -> None:
+    """A message, and an unmasked pin of the IOAPIC: 0 with a local APIC that is off, -1 without any."""
+    needs("KVM_CAP_IRQ_INJECT_STATUS")
+    with ExitStack() as stack:
+        vm = stack.enter_context(kvm.create_vm())
+        vm.create_irqchip()
+        for id in range(vcpus):
+            stack.enter_context(vm.create_vcpu(id))
+        vm.set_gsi_routing([msi_route(31, LAPIC, VECTOR), irqchip_route(5, KVM_IRQCHIP_IOAPIC, 5)])
+        ioapic = vm.get_irqchip(KVM_IRQCHIP_IOAPIC)
+        ioapic.chip.ioapic.redirtbl[5].bits = VECTOR
+        vm.set_irqchip(ioapic)
+        nobody = 0 if vcpus else -1
+        assert vm.irq_line_status(31, 1) == nobody
+        assert vm.irq_line_status(31, 0) == -1, "a message has no other edge"
+        assert vm.irq_line_status(5, 1) == nobody
 
 
 @pytest.mark.backs("KVM_SET_NR_MMU_PAGES")

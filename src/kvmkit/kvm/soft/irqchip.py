@@ -261,8 +261,8 @@ def _parse(
 
 
 def _send_msis(vm: _engine.Vm, msis: _Msis, gsi: int, level: int) -> list[int]:
-    """Send a GSI's messages as its line rises: how many local APICs took each, -1 for none."""
-    return [vm.signal_msi(address, data) or -1 for address, data in msis.get(gsi, ())] if level else []
+    """Send a GSI's messages as its line rises: how many local APICs took each, -1 without a vCPU."""
+    return [vm.signal_msi(address, data) for address, data in msis.get(gsi, ())] if level else []
 
 
 def _status(said: list[int]) -> int:

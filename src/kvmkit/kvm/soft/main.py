@@ -428,9 +428,10 @@ class Vm(_Descriptor, contract.Vm):
         self._apics("KVM_SIGNAL_MSI", errno.EINVAL)
         if flags & ~c.KVM_MSI_VALID_DEVID:
             raise ioctl_error("KVM_SIGNAL_MSI", errno.EINVAL, f"flags {flags:#x}")
-        if not self._vcpus:  # the kernel's -1 for "nobody", which is this errno's number
+        taken = self._vm.signal_msi(address, data)
+        if taken < 0:  # the kernel's -1 for "nobody", which is this errno's number
             raise ioctl_error("KVM_SIGNAL_MSI", errno.EPERM, "there is no local APIC")
-        return self._vm.signal_msi(address, data)
+        return taken
 
     def create_device(self, type: int, flags: int = 0) -> contract.Device:
         """KVM_CREATE_DEVICE: there are none."""

@@ -29,7 +29,7 @@ _READ_ONLY = _REMOTE_IRR | _STATUS
 
 
 class Ioapic:
-    """The chip. `send` delivers a message and says how many took it; `changed` is told that an entry was written."""
+    """The chip. `send` delivers a message and says how many took it (-1: there is nobody); `changed` is told that an entry was written."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Ioapic:
         taken = self._send(self.message(pin))
         if taken and e & _LEVEL:
             self.redirtbl[pin] |= _REMOTE_IRR
-        return taken or -1
+        return taken
 
     def eoi(self, vector: int) -> None:
         """A local APIC ended `vector`, which was level-triggered."""
