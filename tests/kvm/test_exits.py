@@ -1,6 +1,7 @@
 """Every exit reason is decoded from a kvm_run, no engine needed."""
 
 import ctypes
+from ctypes import c_uint8
 
 import pytest
 
@@ -18,12 +19,12 @@ class Area:
         """Allocate it."""
         self.buffer = bytearray(AREA_BYTES)
         self.run = run_class.from_buffer(self.buffer)
+        self.decoder = exits.Decoder(self.run, memoryview(self.buffer))
 
     def decode(self, reason: int) -> exits.Exit:
         """Decode it as exit `reason`."""
         self.run.exit_reason = reason
-        area = memoryview(self.buffer)
-        return exits.decode(self.run, area, area.cast("I"))
+        return self.decoder.decode()
 
 
 def test_io_data_is_a_window() -> None:
@@ -34,6 +35,28 @@ def test_io_data_is_a_window() -> None:
     assert (exit_.size, exit_.port, exit_.count, exit_.is_out, len(exit_.data)) == (2, 0x1F0, 3, False, 6)
     exit_.data[:] = b"abcdef"
     assert area.buffer[4096:4102] == b"abcdef"
+
+
+def test_accesses_that_differ_have_exits_of_their_own() -> None:
+    """The objects are kept for equal accesses, but not without end: there are as many as there are addresses."""
+    area = Area()
+    seen: list[tuple[exits.Exit, tuple[int, ...]]] = []
+    for n in range(1000):
+        is_in, size, port, count = n & 1, 1 << n % 3, n % 500, 1 + n % 2
+        area.run.exit.io = common.kvm_run_io(is_in, size, port, count, 4096)
+        seen.append((area.decode(c.KVM_EXIT_IO), (is_in, size, port, count, size * count)))
+        gpa, length, is_write = n % 300 << 30, 1 << n % 4, n >> 1 & 1
+        area.run.exit.mmio = common.kvm_run_mmio(gpa, (c_uint8 * 8)(), length, is_write)
+        seen.append((area.decode(c.KVM_EXIT_MMIO), (gpa, length, is_write, length)))
+    for exit_, expected in seen:
+        match exit_:
+            case exits.Io(direction, size, port, count, data):
+                assert (direction, size, port, count, len(data)) == expected
+            case exits.Mmio(phys_addr, length, is_write, data):
+                assert (phys_addr, length, is_write, len(data)) == expected
+            case _:
+                pytest.fail(f"{exit_}")
+    assert len(area.decoder._accesses) <= 256
 
 
 @pytest.mark.parametrize("run_class", [x86.kvm_run, arm64.kvm_run])

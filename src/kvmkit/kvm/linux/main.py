@@ -13,7 +13,7 @@ from threading import get_native_id
 from typing import Any, TypeVar
 
 from kvmkit.kvm import contract
-from kvmkit.kvm.exits import Exit, Intr, decode
+from kvmkit.kvm.exits import Decoder, Exit, Intr
 from kvmkit.kvm.memory import MemorySlot
 from kvmkit.kvm.rings import CoalescedRing, DirtyRing
 from kvmkit.uapi import arm64, common, x86
@@ -335,9 +335,9 @@ class Vcpu(Fd, contract.Vcpu):
             self.close()
             raise
         self._area = memoryview(self._mmap)
-        self._words = self._area.cast("I")
         self._enter = partial(fcntl.ioctl, fd, c.KVM_RUN)  # a third of what the call costs by ctypes
         self._run: x86.kvm_run | arm64.kvm_run | None = self.run_class.from_buffer(self._mmap)
+        self._decode = Decoder(self._run, self._area).decode
 
     @property
     def kvm_run(self) -> x86.kvm_run | arm64.kvm_run:
@@ -368,7 +368,7 @@ class Vcpu(Fd, contract.Vcpu):
             except OSError as caught:
                 error = caught.errno
             else:
-                return decode(run, self._area, self._words)
+                return self._decode()
             finally:
                 self._running_tid = 0
             if error == errno.EINTR:
@@ -376,7 +376,7 @@ class Vcpu(Fd, contract.Vcpu):
             if error == errno.EAGAIN:  # a vCPU that waited for INIT and SIPI has woken up
                 continue
             if run.exit_reason == c.KVM_EXIT_MEMORY_FAULT and error in (errno.EFAULT, _EHWPOISON):
-                return decode(run, self._area, self._words)
+                return self._decode()
             raise ioctl_error("KVM_RUN", error or errno.EIO)
 
     def take_coalesced_mmio(self) -> list[common.kvm_coalesced_mmio]:
@@ -409,7 +409,7 @@ class Vcpu(Fd, contract.Vcpu):
         """Close it and unmap kvm_run, or leave that to whoever still holds an exit's `data`."""
         if self._fd >= 0 and hasattr(self, "_area"):
             self._run = self._coalesced = self._dirty_ring = None
-            self._words.release()
+            del self._decode
             self._area.release()
             try:
                 self._mmap.close()

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from kvmkit import _engine
 from kvmkit.kvm import contract
-from kvmkit.kvm.exits import Exit, InternalError, Intr, decode
+from kvmkit.kvm.exits import Decoder, Exit, InternalError, Intr
 from kvmkit.kvm.memory import MemorySlot, load_bytes, store_bytes
 from kvmkit.kvm.rings import DirtyRing
 from kvmkit.kvm.soft import eventfd
@@ -560,8 +560,8 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._machine = vm
         self._mmap = mmap.mmap(-1, _MMAP_BYTES)
         self._area = memoryview(self._mmap)
-        self._words = self._area.cast("I")
         self._run: x.kvm_run | None = x.kvm_run.from_buffer(self._mmap)
+        self._decode = Decoder(self._run, self._area).decode
         address = ctypes.addressof(self._run)
         self._vcpu = native.create_vcpu(id, address, _MMAP_BYTES)
         self._vcpu.set_tsc_khz(tsc_khz)
@@ -633,11 +633,11 @@ class Vcpu(_Descriptor, contract.Vcpu):
             if reason == c.KVM_EXIT_INTR:
                 return Intr()
             if message is not None:
-                exit_ = decode(run, self._area, self._words)
+                exit_ = self._decode()
                 assert isinstance(exit_, InternalError)
                 self.error_message = message
                 return exit_
-            return decode(run, self._area, self._words)
+            return self._decode()
 
     def _run_synced(self, run: x.kvm_run) -> Exit:
         """KVM_RUN with registers shared through kvm_run (KVM_CAP_SYNC_REGS)."""
