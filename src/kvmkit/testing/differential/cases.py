@@ -146,7 +146,7 @@ def make(seed: int, modes: tuple[str, ...] = tuple(MODES)) -> Case:
     if user and r.random() < 0.1:
         control["cr0"] |= CR0_AM
     registers = _registers(r, mode, user, control)
-    if mode.protected and not mode.long and not user:
+    if not mode.long and not user:
         # An IRET that doesn't switch stacks leaves this behind: a reference may have been entered by one.
         frame = (registers["rip"], segments["cs"].selector, registers["rflags"])
         _put(memory, registers["rsp"] - 12, struct.pack("<III", *frame))

@@ -85,11 +85,12 @@ class Comparison:
         ours = before_delivery(ours)
         theirs = before_delivery(theirs) if theirs.frame != (0, 0) else theirs
         found = differences(ours, theirs)
-        if found:
-            for rule in self.rules:
-                if rule.applies(case, ours, theirs, found):
-                    self.explained[rule.name] += 1
-                    return {}
+        for rule in self.rules:
+            if not found:
+                break
+            if explained := rule.explains(case, ours, theirs, found):
+                self.explained[rule.name] += 1
+                found = {name: values for name, values in found.items() if name not in explained}
         return found
 
     def run(self, seed: int, modes: tuple[str, ...] = tuple(MODES)) -> str | None:

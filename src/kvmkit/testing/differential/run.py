@@ -157,7 +157,7 @@ class Machine:
         found = vcpu.get_msrs(OTHER_MSRS.values())
         values |= {name: found[index] for name, index in OTHER_MSRS.items() if index in found}
         outcome = Outcome("halt", values, self.memory.read(0, c.MEMORY_BYTES))
-        _interpret(outcome, case)
+        interpret(outcome)
         return outcome
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class Machine:
         self._drop()
 
 
-def _interpret(outcome: Outcome, case: Case) -> None:
+def interpret(outcome: Outcome) -> None:
     """See by the address of the HLT whether it was a handler's; then where its frame is."""
     v = outcome.values
     at = v["rip"] - 1 + v.get("cs.base", 0)
