@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvmkit.testing.differential import code as c
 from kvmkit.testing.differential.cases import MODES, Case, make
@@ -31,7 +32,7 @@ def before_delivery(outcome: Outcome) -> Outcome:
     for name in list(v):
         if name.startswith(("cs.", "ss.")):
             del v[name]
-    return Outcome(outcome.end, v, outcome.memory, (at, length))
+    return replace(outcome, values=v, frame=(at, length))
 
 
 def differences(ours: Outcome, theirs: Outcome) -> Differences:

@@ -397,6 +397,11 @@ TCG = (
 )  # fmt: skip
 """What QEMU's TCG, which is the processor under kvm-amd in the test bed, still has of Unicorn's, and what it has of its own."""
 QEMU = (
+    Rule(
+        "ports",
+        "there are none in QEMU's machine, or some that read as other than ours",
+        lambda case, ours, theirs, found: ours.ports,
+    ),
     *TCG,
     *(rule for rule in UNICORN if rule.name in ("ignored bits of CR0", "WRMSR's checks", "unknown MSRs")),
     Rule(

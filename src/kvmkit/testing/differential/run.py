@@ -35,6 +35,8 @@ class Outcome:
     memory: bytes = b""
     frame: tuple[int, int] = (0, 0)
     """Where in memory the frame of the exception lies that ended it, and its bytes."""
+    ports: bool = False
+    """Whether ports were read, if that is known."""
 
     @property
     def vector(self) -> int | None:
@@ -64,6 +66,7 @@ class Machine:
 
     def __init__(self, kvm: Kvm, fresh: bool = False) -> None:
         self.kvm, self.fresh = kvm, fresh
+        self.ports = False
         self.memory: GuestMemory
         self.map: MemoryMap
         self.vm: Vm | None = None
@@ -98,8 +101,8 @@ class Machine:
         end = self._to_the_end(vcpu)
         if end != "halt":
             self._drop()
-            return Outcome(end)
-        return self._outcome(vcpu, case)
+            return Outcome(end, ports=self.ports)
+        return self._outcome(vcpu)
 
     def _load(self, vcpu: Vcpu, case: Case) -> None:
         vcpu.set_vcpu_events(x86.kvm_vcpu_events(flags=x86.KVM_VCPUEVENT_VALID_SHADOW))
@@ -118,6 +121,7 @@ class Machine:
         vcpu.set_regs(x86.kvm_regs(**case.registers))
 
     def _to_the_end(self, vcpu: Vcpu) -> str:
+        self.ports = False
         for _ in range(64):
             with WATCHDOG.watching(vcpu.kick):
                 exit_: Exit = vcpu.run()
@@ -127,6 +131,7 @@ class Machine:
                 return "shutdown"
             if isinstance(exit_, Io):
                 if not exit_.is_out:
+                    self.ports = True
                     exit_.data[:] = bytes([0x5A]) * len(exit_.data)
             elif isinstance(exit_, Mmio):
                 return "outside"
@@ -136,7 +141,7 @@ class Machine:
                 return "endless"
         return "endless"
 
-    def _outcome(self, vcpu: Vcpu, case: Case) -> Outcome:
+    def _outcome(self, vcpu: Vcpu) -> Outcome:
         regs, sregs, debug = vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_debugregs()
         values: dict[str, int] = {name: getattr(regs, name) for name in (*GPRS, "rip", "rflags")}
         for name in SEGMENTS:
@@ -156,7 +161,7 @@ class Machine:
         values |= {f"dr{n}": value for n, value in enumerate(debug.db)} | {"dr6": debug.dr6, "dr7": debug.dr7}
         found = vcpu.get_msrs(OTHER_MSRS.values())
         values |= {name: found[index] for name, index in OTHER_MSRS.items() if index in found}
-        outcome = Outcome("halt", values, self.memory.read(0, c.MEMORY_BYTES))
+        outcome = Outcome("halt", values, self.memory.read(0, c.MEMORY_BYTES), ports=self.ports)
         interpret(outcome)
         return outcome
 
