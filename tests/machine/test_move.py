@@ -73,8 +73,8 @@ def common_processor(systems: Sequence[Kvm]) -> list[kvm_cpuid_entry2]:
 class Mover:
     """A board that boots the default guest on one engine and goes on on others."""
 
-    def __init__(self, systems: dict[str, Kvm], engine: str, cpus: int) -> None:
-        """Build it on `engine`."""
+    def __init__(self, systems: dict[str, Kvm], engine: str, cpus: int, model: str) -> None:
+        """Build it on `engine`, with processors of `model`, of what all engines have."""
         self.output = b""
         self.systems = systems
         self._printed = threading.Condition()
@@ -94,7 +94,7 @@ class Mover:
             on_power_off=lambda: self._end(Reason.POWER_OFF),
             on_exit_code=lambda code: self._end(Reason.EXIT),
         )
-        table = cpu_model(common_processor(list(systems.values())), "x86-64-v2")
+        table = cpu_model(common_processor(list(systems.values())), model)
         for vcpu in self.board.vcpus:
             vcpu.set_cpuid2(cpuid_of(table, vcpu.id, cpus, tsc_deadline=True))
 
@@ -165,10 +165,16 @@ class Mover:
 
 
 @pytest.mark.parametrize(
-    ("engines", "cpus"),
-    [("soft soft", 1), ("soft soft", 2), ("soft kvm soft", 1), ("kvm soft kvm", 1)],
+    ("engines", "cpus", "model"),
+    [
+        ("soft soft", 1, "x86-64-v2"),
+        ("soft soft", 2, "x86-64-v2"),
+        ("soft kvm soft", 1, "x86-64-v2"),
+        # Under the test bed's kvm-amd, QEMU 7.2, which doesn't intercept XSETBV: XCR0 is lost that a guest sets itself.
+        ("kvm soft kvm", 1, "x86-64-v2,-xsave"),
+    ],
 )
-def test_linux_moves_in_the_middle(default_guest: DefaultGuest, engines: str, cpus: int) -> None:
+def test_linux_moves_in_the_middle(default_guest: DefaultGuest, engines: str, cpus: int, model: str) -> None:
     """The guest computes, and is moved to the next engine each time it has got on by some steps."""
     names = engines.split()
     with ExitStack() as stack:
@@ -180,7 +186,7 @@ def test_linux_moves_in_the_middle(default_guest: DefaultGuest, engines: str, cp
                 pytest.skip(f"{name}: {error.strerror}")
             if name != "soft" and supervisor_mips(systems[name]) < SLOW_MIPS:
                 pytest.skip(f"{name}: a KVM without hardware behind it doesn't run an unmodified Linux")
-        mover = Mover(systems, names[0], cpus)
+        mover = Mover(systems, names[0], cpus, model)
         stack.callback(mover.close)
         initramfs = default_guest.initramfs(console_command(("sh", "-c", script(STEPS))))
         mover.board.load_linux(default_guest.kernel.vmlinux, initramfs, "console=ttyS0 panic=-1 quiet")

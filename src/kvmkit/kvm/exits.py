@@ -9,7 +9,7 @@ ctypes fields take, and the object of an access is that of an equal one before i
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvmkit.uapi import common as c
@@ -27,11 +27,12 @@ class Io:
     port: int
     count: int
     data: memoryview
+    is_out: bool = field(init=False, repr=False, compare=False)
+    """Whether the guest writes: `data` is what it wrote. Else `data` is to be filled in."""
 
-    @property
-    def is_out(self) -> bool:
-        """Whether the guest writes: `data` is what it wrote. Else `data` is to be filled in."""
-        return self.direction == KVM_EXIT_IO_OUT
+    def __post_init__(self) -> None:
+        """Look at the direction."""
+        object.__setattr__(self, "is_out", self.direction == KVM_EXIT_IO_OUT)
 
 
 @dataclass(frozen=True, slots=True)
