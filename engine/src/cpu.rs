@@ -387,6 +387,13 @@ pub mod mp_state {
     pub const SIPI_RECEIVED: u32 = 4;
 }
 
+/// An access to the task priority that KVM_TPR_ACCESS_REPORTING reports, and the rip of its instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TprAccess {
+    pub rip: u64,
+    pub write: bool,
+}
+
 /// Why KVM_RUN returns; the run loop writes it to `kvm_run`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -418,6 +425,7 @@ pub enum Exit {
     DirtyRingFull,
     /// A level-triggered vector ended; the IOAPIC is told.
     IoapicEoi(u8),
+    TprAccess(TprAccess),
     /// The PIC's INTR line is up and the vCPU accepts: the vector comes back by KVM_INTERRUPT.
     Extint,
     Debug {
@@ -603,6 +611,12 @@ pub struct Vcpu {
     pub cr8_value: u64,
     /// Level-triggered vectors whose end the IOAPIC must be told of.
     pub eois: Vec<u8>,
+    /// KVM_TPR_ACCESS_REPORTING.
+    pub reports_tpr: bool,
+    /// What it reports before the next instruction.
+    pub tpr_access: Option<TprAccess>,
+    /// KVM_SET_VAPIC_ADDR: guest physical address of the word that shows the task priority; 0: none.
+    pub vapic: u64,
     /// KVM_INTERRUPT: a vector from user space.
     pub user_irq: Option<u8>,
     /// kvm_run.request_interrupt_window.
@@ -667,6 +681,9 @@ impl Vcpu {
             mp_state: 0,
             cr8_value: 0,
             eois: Vec::new(),
+            reports_tpr: false,
+            tpr_access: None,
+            vapic: 0,
             user_irq: None,
             window_requested: false,
             nmi_pending: false,

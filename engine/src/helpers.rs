@@ -10,7 +10,7 @@ use crate::mem::{CodePages, LOG_DIRTY};
 use crate::run::{self, leave};
 use crate::stats::vcpu as counter;
 use crate::translate::{Decoded, Mode};
-use crate::{access, exception, interp, mmu, thunks};
+use crate::{access, exception, interp, mmu, thunks, vapic};
 use iced_x86::FlowControl;
 
 /// Longest stretch of guest code that one block is translated from.
@@ -107,6 +107,7 @@ pub unsafe extern "C" fn interpret(cpu: *mut Cpu, decoded: u64, next: u64, _retu
         && v.cpu.rip == next
         && result == Ok(())
         && v.io.writes.is_empty()
+        && v.tpr_access.is_none()
         && v.cpu.shadow == 0
         && Mode::of(&v.cpu) == mode
         && v.generation == generation
@@ -228,6 +229,7 @@ fn go_on(v: &mut Vcpu, mut result: Result<(), Stop>) -> u64 {
                 continue;
             }
         }
+        vapic::take(v);
         if let Some(exit) = run::attend(v) {
             return leave_with(v, exit);
         }

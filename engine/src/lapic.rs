@@ -4,10 +4,11 @@
 //! lays them out, one 32-bit register every 16 bytes, which is also `kvm_lapic_state`. The timer counts at
 //! 1 GHz before the divider, as KVM's does.
 
-use crate::cpu::{Res, Vcpu};
+use crate::cpu::{Res, TprAccess, Vcpu};
 use crate::pvclock::monotonic_ns;
 use crate::sys;
 use crate::timer;
+use crate::vapic;
 use crate::vm::{VcpuShared, Vm, request};
 use std::sync::Mutex;
 
@@ -115,6 +116,17 @@ impl State {
     fn has_bit(&self, base: usize, vector: u8) -> bool {
         let (r, bit) = Self::bit(base, vector);
         self.get(r) & bit != 0
+    }
+    /// TPR, and the highest vectors in service and requested (0: none).
+    pub fn priorities(&self) -> (u8, u8, u8) {
+        let highest = |base| self.highest(base).unwrap_or(0);
+        (self.get(reg::TPR) as u8, highest(reg::ISR), highest(reg::IRR))
+    }
+    /// Set TPR; was it another?
+    pub fn set_tpr(&mut self, value: u8) -> bool {
+        let changed = self.get(reg::TPR) != value as u32;
+        self.set(reg::TPR, value as u32);
+        changed
     }
     fn highest(&self, base: usize) -> Option<u8> {
         (0..8).rev().find_map(|n| {
@@ -374,7 +386,18 @@ impl Vcpu {
         Ok(())
     }
 
-    fn lapic_register(&self, offset: usize) -> Option<u32> {
+    /// KVM_TPR_ACCESS_REPORTING.
+    fn report_tpr(&mut self, write: bool) {
+        if self.reports_tpr {
+            self.tpr_access = Some(TprAccess { rip: self.cpu.rip, write });
+            self.reconsider();
+        }
+    }
+
+    fn lapic_register(&mut self, offset: usize) -> Option<u32> {
+        if offset == reg::TPR {
+            self.report_tpr(false);
+        }
         let s = self.shared.lapic.as_ref()?.state.lock().unwrap();
         Some(match offset {
             reg::PPR => s.ppr() as u32,
@@ -397,6 +420,8 @@ impl Vcpu {
             reg::TPR => {
                 s.set(offset, value & 0xff);
                 drop(s);
+                self.report_tpr(true);
+                vapic::show(self);
                 self.reconsider();
             }
             reg::EOI => {
@@ -639,6 +664,7 @@ impl Vcpu {
         self.cr8_value = value;
         if let Some(lapic) = &self.shared.lapic {
             lapic.state.lock().unwrap().set(reg::TPR, (value as u32) << 4);
+            vapic::show(self);
             self.reconsider();
         }
     }
@@ -678,6 +704,7 @@ impl Vcpu {
             self.start_timer(&mut s, left);
         }
         drop(s);
+        vapic::show(self);
         self.reconsider();
         true
     }

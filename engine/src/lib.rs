@@ -49,6 +49,7 @@ mod x86 {
     pub mod thunks;
     pub mod timer;
     pub mod translate;
+    pub mod vapic;
     pub mod vm;
     pub mod xstate;
 

@@ -9,7 +9,7 @@ use crate::mem::{LOG_DIRTY, Slot, Slots};
 use crate::mmu::{self, Intent};
 use crate::signal::Held;
 use crate::vm::{VcpuShared, Vm as Machine, request};
-use crate::{debug, dirty, msr, run, signal, state, stats, sys, timer, xstate};
+use crate::{debug, dirty, msr, run, signal, state, stats, sys, timer, vapic, xstate};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -60,6 +60,7 @@ mod reason {
     pub const MMIO: u32 = 6;
     pub const IRQ_WINDOW_OPEN: u32 = 7;
     pub const SHUTDOWN: u32 = 8;
+    pub const TPR_ACCESS: u32 = 12;
     pub const INTR: u32 = 10;
     pub const INTERNAL_ERROR: u32 = 17;
     pub const IOAPIC_EOI: u32 = 26;
@@ -496,6 +497,11 @@ impl Vcpu {
                 self.write(U, &[*vector]);
                 reason::IOAPIC_EOI
             }
+            Exit::TprAccess(access) => {
+                self.write(U, &access.rip.to_le_bytes());
+                self.write(U + 8, &(access.write as u32).to_le_bytes());
+                reason::TPR_ACCESS
+            }
             Exit::DirtyRingFull => reason::DIRTY_RING_FULL,
             Exit::MemoryFault { gpa } => {
                 // No flags: the page is shared memory.
@@ -753,6 +759,14 @@ impl Vcpu {
             free
         })?;
         if taken { Ok(()) } else { Err(os_error(libc::EEXIST)) }
+    }
+    /// KVM_TPR_ACCESS_REPORTING.
+    fn set_tpr_reporting(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        self.with(py, |v| v.reports_tpr = on)
+    }
+    /// KVM_SET_VAPIC_ADDR; EINVAL without a local APIC or memory there.
+    fn set_vapic(&self, py: Python<'_>, gpa: u64) -> PyResult<()> {
+        valid(self.with(py, |v| vapic::set(v, gpa))?)
     }
     fn nmi(&self) -> PyResult<()> {
         check_pid(self.pid)?;

@@ -4,7 +4,7 @@ use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
 use crate::helpers::{find_entry, pack_flags, unpack_flags};
 use crate::stats::vcpu as counter;
 use crate::vm::request;
-use crate::{access, debug, exception, interp, pvclock, signal, thunks};
+use crate::{access, debug, exception, interp, pvclock, signal, thunks, vapic};
 use std::sync::atomic::Ordering;
 
 /// Why translated code returned from `thunks::enter`.
@@ -65,7 +65,7 @@ fn count_exit(v: &Vcpu, exit: &Exit) {
         // The kernel has no counter for them either.
         Exit::Msr { .. } => return,
         Exit::DirtyRingFull => counter::RING_FULL_EXITS,
-        Exit::MemoryFault { .. } => return,
+        Exit::MemoryFault { .. } | Exit::TprAccess(_) => return,
         Exit::Intr | Exit::Signals | Exit::Extint => counter::SIGNAL_EXITS,
     });
 }
@@ -75,6 +75,9 @@ fn count_exit(v: &Vcpu, exit: &Exit) {
 pub fn attend(v: &mut Vcpu) -> Option<Exit> {
     if let Some((gpa, data)) = v.io.writes.pop_front() {
         return Some(mmio_write(gpa, &data));
+    }
+    if let Some(access) = v.tpr_access.take() {
+        return Some(Exit::TprAccess(access));
     }
     if let Some(vector) = v.eois.pop() {
         return Some(Exit::IoapicEoi(vector));
@@ -94,6 +97,7 @@ pub fn attend(v: &mut Vcpu) -> Option<Exit> {
         {
             return Some(exit);
         }
+        vapic::show(v);
         if !v.halted && v.mp_state == mp_state::RUNNABLE {
             return None;
         }
@@ -272,6 +276,7 @@ fn run_loop(v: &mut Vcpu) -> Exit {
         } else {
             interp::run(v, INTERPRET_BATCH)
         };
+        vapic::take(v);
         match result {
             Ok(()) => {}
             Err(Stop::Exit(exit)) => return exit,

@@ -238,6 +238,12 @@ class Vcpu:
     def interrupt(self, vector: int) -> None:
         """Queue an external interrupt. EEXIST: one waits."""
 
+    def set_tpr_reporting(self, on: bool) -> None:
+        """Whether accesses to the task priority exit, after their instruction."""
+
+    def set_vapic(self, gpa: int) -> None:
+        """Where in guest memory the task priority stands (`engine/src/vapic.rs`); 0: nowhere. EINVAL: no local APIC, or no memory."""
+
     def nmi(self) -> None:
         """Queue an NMI. Any thread."""
 

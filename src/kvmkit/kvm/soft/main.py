@@ -70,6 +70,7 @@ _MAX_TSC_KHZ = (1 << 31) - 1
 
 _CAPABILITIES = {
     capabilities.KVM_CAP_IRQCHIP: 1,
+    capabilities.KVM_CAP_VAPIC: 1,
     capabilities.KVM_CAP_HLT: 1,
     capabilities.KVM_CAP_USER_MEMORY: 1,
     capabilities.KVM_CAP_SET_TSS_ADDR: 1,
@@ -908,6 +909,16 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_SET_LAPIC."""
         self._check("KVM_SET_LAPIC")
         _named("KVM_SET_LAPIC", self._vcpu.set_lapic, bytes(lapic))
+
+    def tpr_access_reporting(self, enabled: bool) -> None:
+        """KVM_TPR_ACCESS_REPORTING."""
+        self._check("KVM_TPR_ACCESS_REPORTING")
+        self._vcpu.set_tpr_reporting(enabled)
+
+    def set_vapic_addr(self, vapic_addr: int) -> None:
+        """KVM_SET_VAPIC_ADDR."""
+        self._check("KVM_SET_VAPIC_ADDR")
+        _named("KVM_SET_VAPIC_ADDR", self._vcpu.set_vapic, vapic_addr)
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE."""
