@@ -1,5 +1,5 @@
 # make demo   boot Linux and run a command in it      make test   lint and all tests
-# make docs   the documentation, into site/
+# make docs   the documentation, into site/       make sanitize   the engine's tests under AddressSanitizer
 # make testbed-amd, make testbed-arm64   the KVM tests on real KVMs, in emulated machines
 # Each sets up what is missing. Interrupted, a step leaves no stamp and is done again.
 
@@ -16,7 +16,7 @@ WRITTEN := src tests bench testbed docs tools
 HEADERS := '^linux-headers-6\.[^-]*-common$$'  # the kernel's newest, as another witness of its structs
 
 .DELETE_ON_ERROR:
-.PHONY: build demo test lint docs bench testbed-amd testbed-arm64 wheel clean
+.PHONY: build demo test lint docs bench sanitize testbed-amd testbed-arm64 wheel clean
 
 build: $(VENV)/.built $(AGENT)
 
@@ -65,6 +65,15 @@ lint: build docs
 
 docs: build
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The signals that AddressSanitizer would take for crashes are exceptions of the guest's.
+sanitize: export RUSTC_BOOTSTRAP := 1
+sanitize: export RUSTFLAGS := -Zsanitizer=address --cfg sanitized
+sanitize: export ASAN_OPTIONS := handle_segv=0:handle_sigbus=0:handle_sigfpe=0:handle_sigill=0:use_sigaltstack=0
+sanitize: export CARGO_TARGET_DIR := engine/target/sanitize
+sanitize:
+	@tools/need cc=gcc cargo=cargo-web
+	$(CARGO) test --release $(MANIFEST) --no-default-features --target x86_64-unknown-linux-gnu
 
 # What compares with QEMU. The soaks and fuzzers in bench/ take from minutes to hours: each has --help.
 bench: build

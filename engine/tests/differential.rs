@@ -18,7 +18,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, InstructionInfoFactor
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-const REGION: Region = Region { base: 0x1_0000_0000, bytes: 16 << 20 };
+const REGION: Region = Region { base: native::BASE, bytes: 16 << 20 };
 const TABLES: u64 = REGION.base;
 const GDT: u64 = REGION.base + 0x1_0000;
 const IDT: u64 = REGION.base + 0x1_1000;
@@ -53,7 +53,7 @@ fn machine() -> Vcpu {
     REGION.map();
     let put = |at: u64, value: u64| REGION.write(at, &value.to_le_bytes());
     put(TABLES, (TABLES + 0x1000) | 7);
-    put(TABLES + 0x1000 + 4 * 8, (TABLES + 0x2000) | 7);
+    put(TABLES + 0x1000 + (REGION.base >> 30) * 8, (TABLES + 0x2000) | 7);
     for n in 0..REGION.bytes >> 21 {
         put(TABLES + 0x2000 + n * 8, (TABLES + 0x3000 + n * 0x1000) | 7);
     }

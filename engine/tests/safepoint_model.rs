@@ -3,6 +3,8 @@
 //! What a running vCPU relies on without a lock is an `UnsafeCell` of loom's here, which fails the model if it is read while
 //! somebody writes it. Models without a bound are complete; the others stop after as many preemptions as they name.
 
+#![cfg(not(sanitized))] // Its threads are stacks that loom switches, of which AddressSanitizer knows nothing.
+
 mod sync {
     pub use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
     pub use loom::sync::{Condvar, Mutex};

@@ -68,7 +68,7 @@ fn host_has_form(form: Form) -> bool {
 #[test]
 fn areas_are_written_as_the_host_writes_them() {
     let _guard = alone();
-    let region = native::Region { base: 0x2_0000_0000, bytes: 0x4000 };
+    let region = native::Region { base: native::BASE, bytes: 0x4000 };
     region.map();
     let (code, area) = (region.base, region.base + 0x1000);
     for seed in 1..400 {
@@ -147,7 +147,7 @@ fn contents(form: Form, before: &[u8], mut area: Vec<u8>) -> Vec<u8> {
 #[test]
 fn areas_are_read_as_the_host_reads_them() {
     let _guard = alone();
-    let region = native::Region { base: 0x2_0000_0000, bytes: 0x4000 };
+    let region = native::Region { base: native::BASE, bytes: 0x4000 };
     region.map();
     let (code, area) = (region.base, region.base + 0x1000);
     for seed in 1..600 {

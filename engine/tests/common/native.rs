@@ -28,6 +28,9 @@ pub fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
+/// Where regions may be: beyond 32 bits, but where AddressSanitizer keeps its tables.
+pub const BASE: u64 = if cfg!(sanitized) { 0x4000_0000 } else { 0x1_0000_0000 };
+
 /// Memory at a fixed address, for the host's code and the guest's alike.
 #[derive(Clone, Copy)]
 pub struct Region {
@@ -160,9 +163,13 @@ pub extern "C" fn exit() {
     )
 }
 
+/// The kernel leaves AC as it was; a compiler aligns what it likes.
+#[unsafe(naked)]
+extern "C" fn handler() {
+    naked_asm!("pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq", "jmp {}", sym trapped)
+}
+
 extern "C" fn trapped(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: balanced. The kernel leaves AC as it was.
-    unsafe { std::arch::asm!("pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq") };
     // SAFETY: the kernel passes valid pointers; the statics are this thread's while `RUNNING` (`alone`).
     unsafe {
         let g = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
@@ -210,7 +217,7 @@ fn install() {
             // interrupts nothing but the code under test.
             unsafe {
                 let mut action: libc::sigaction = std::mem::zeroed();
-                action.sa_sigaction = trapped as *const () as usize;
+                action.sa_sigaction = handler as *const () as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
