@@ -574,18 +574,17 @@ class Decoder:
         The PIO data page, which `data_offset` points into, is part of `area`.
         """
         self._run, self._area = run, area
-        self._words = area.cast("I")
+        words = area.cast("I")
+        self._reason, self._access = words[_REASON_WORD:], words[_EXIT_WORD:]
         self._accesses: dict[tuple[int, ...], Io | Mmio] = {}
 
     def decode(self) -> Exit:
         """Return the exit that kvm_run describes now."""
-        words = self._words
-        reason = words[_REASON_WORD]
+        reason, words = self._reason[0], self._access
         if reason == KVM_EXIT_IO:  # kvm_run_io: u8 direction, u8 size, u16 port, u32 count, u64 data_offset
-            key: tuple[int, ...] = words[_EXIT_WORD], words[_EXIT_WORD + 1], words[_EXIT_WORD + 2]
+            key: tuple[int, ...] = words[0], words[1], words[2]
         elif reason == KVM_EXIT_MMIO:  # kvm_run_mmio: u64 phys_addr, u8 data[8], u32 len, u8 is_write
-            is_write = words[_EXIT_WORD + 5] & 0xFF != 0
-            key = words[_EXIT_WORD], words[_EXIT_WORD + 1], words[_EXIT_WORD + 4], is_write
+            key = words[0], words[1], words[4], words[5]
         else:
             return _DECODERS.get(reason, _unknown)(self._run, self._area)
         return self._accesses.get(key) or self._keep(key)
@@ -600,7 +599,7 @@ class Decoder:
         else:
             low, high, length, is_write = key
             data = area[_MMIO_DATA : _MMIO_DATA + length]
-            access = Mmio(low | high << 32, length, bool(is_write), data)
+            access = Mmio(low | high << 32, length, is_write & 0xFF != 0, data)
         if len(self._accesses) == _KEPT_ACCESSES:  # the guest may make as many as there are addresses
             self._accesses.clear()
         self._accesses[key] = access

@@ -310,6 +310,17 @@ class Vm(Fd, contract.Vm):
         return Device(request.fd)
 
 
+class _Thread(threading.local):
+    """What is kept for each thread."""
+
+    def __init__(self) -> None:
+        """Ask for its id: once, for it is a system call."""
+        self.id = get_native_id()
+
+
+_THREAD = _Thread()
+
+
 class Vcpu(Fd, contract.Vcpu):
     """A virtual processor."""
 
@@ -362,7 +373,7 @@ class Vcpu(Fd, contract.Vcpu):
         if run is None:
             raise ioctl_error("KVM_RUN", errno.EBADF, "the vCPU is closed")
         while True:
-            self._running_tid = get_native_id()
+            self._running_tid = _THREAD.id
             try:
                 self._enter()
             except OSError as caught:
