@@ -45,7 +45,8 @@ KINDS = {
 LAYERS = ("call", "run", "serve")
 BATCH_S = 0.05
 """About how long one measurement takes."""
-ANSWER = (0x5A).to_bytes(8, "little")
+ANSWERS = {size: (0x5A).to_bytes(size, "little") for size in (1, 2, 4, 8)}
+"""What is read, by its size."""
 
 
 def bare_call(vcpu: Vcpu) -> Callable[[], object]:
@@ -65,12 +66,12 @@ def serve(vcpu: Vcpu, count: int) -> bytes:
                 if exit_.is_out:
                     written = bytes(exit_.data)
                 else:
-                    exit_.data[:] = ANSWER[: len(exit_.data)]
+                    exit_.data[:] = ANSWERS[exit_.size]
             case Mmio() as exit_:
                 if exit_.is_write:
                     written = bytes(exit_.data)
                 else:
-                    exit_.data[:] = ANSWER[: exit_.len]
+                    exit_.data[:] = ANSWERS[exit_.len]
             case exit_:
                 raise RuntimeError(f"the guest should do nothing but its accesses: {exit_}")
     return written

@@ -7,7 +7,7 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from threading import get_native_id
 from typing import Any, TypeVar
@@ -310,15 +310,8 @@ class Vm(Fd, contract.Vm):
         return Device(request.fd)
 
 
-class _Thread(threading.local):
-    """What is kept for each thread."""
-
-    def __init__(self) -> None:
-        """Ask for its id: once, for it is a system call."""
-        self.id = get_native_id()
-
-
-_THREAD = _Thread()
+def _closed() -> None:
+    raise OSError(errno.EBADF, "")
 
 
 class Vcpu(Fd, contract.Vcpu):
@@ -346,7 +339,9 @@ class Vcpu(Fd, contract.Vcpu):
             self.close()
             raise
         self._area = memoryview(self._mmap)
-        self._enter = partial(fcntl.ioctl, fd, c.KVM_RUN)  # a third of what the call costs by ctypes
+        self._enter: Callable[[], object] = partial(
+            fcntl.ioctl, fd, c.KVM_RUN
+        )  # a third of what the call costs by ctypes
         self._run: x86.kvm_run | arm64.kvm_run | None = self.run_class.from_buffer(self._mmap)
         self._decode = Decoder(self._run, self._area).decode
 
@@ -369,11 +364,8 @@ class Vcpu(Fd, contract.Vcpu):
 
     def run(self) -> Exit:
         """KVM_RUN."""
-        run = self._run
-        if run is None:
-            raise ioctl_error("KVM_RUN", errno.EBADF, "the vCPU is closed")
         while True:
-            self._running_tid = _THREAD.id
+            self._running_tid = get_native_id()
             try:
                 self._enter()
             except OSError as caught:
@@ -386,6 +378,9 @@ class Vcpu(Fd, contract.Vcpu):
                 return _EINTR_EXIT
             if error == errno.EAGAIN:  # a vCPU that waited for INIT and SIPI has woken up
                 continue
+            run = self._run
+            if run is None:
+                raise ioctl_error("KVM_RUN", errno.EBADF, "the vCPU is closed")
             if run.exit_reason == c.KVM_EXIT_MEMORY_FAULT and error in (errno.EFAULT, _EHWPOISON):
                 return self._decode()
             raise ioctl_error("KVM_RUN", error or errno.EIO)
@@ -420,6 +415,7 @@ class Vcpu(Fd, contract.Vcpu):
         """Close it and unmap kvm_run, or leave that to whoever still holds an exit's `data`."""
         if self._fd >= 0 and hasattr(self, "_area"):
             self._run = self._coalesced = self._dirty_ring = None
+            self._enter = _closed  # the descriptor's number may soon be another file's
             del self._decode
             self._area.release()
             try:
