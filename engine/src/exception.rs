@@ -3,7 +3,7 @@
 use crate::cpu::{
     CS, Cpu, DS, ES, Exception, Exit, FS, GS, IoState, RSP, Res, SS, Seg, Stop, Vcpu, efer, mmu_mode, rflags,
 };
-use crate::mmu::is_canonical;
+use crate::mmu::{Intent, is_canonical};
 use crate::segment::{
     Descriptor, GP, NP, SS_FAULT, TS, is_real, on_stack, read_descriptor, set_cs, set_descriptor_bits,
 };
@@ -231,7 +231,7 @@ fn long_mode(
     let top = rsp & !15;
     let new_rsp = top.wrapping_sub(words as u64 * 8);
     let mode = if cpl == 3 { mmu_mode::USER } else { mmu_mode::KERNEL };
-    access::write(v, new_rsp, &bytes[start * 8..], mode)?;
+    push(v, new_rsp, &bytes[start * 8..], 8, mode)?;
     let code = set_descriptor_bits(v, sel, code, 1)?;
     if cpl != outer {
         v.cpu.segs[SS] = Seg { sel: cpl as u16, attr: (cpl as u16) << 5, unusable: true, ..Seg::default() };
@@ -278,7 +278,7 @@ fn protected(
     let mode = if cpl == 3 { mmu_mode::USER } else { mmu_mode::KERNEL };
     let sel_of_new = if cpl != outer { ss.sel as u32 & 0xfffc } else { 0 };
     let la = on_stack(&ss, new_esp, bytes.len() as u64).ok_or(Exception::with_error(SS_FAULT, sel_of_new))?;
-    access::write(v, la, &bytes, mode)?;
+    push(v, la, &bytes, size, mode)?;
     if virtual_8086 {
         for s in [ES, DS, FS, GS] {
             v.cpu.segs[s] = Seg { unusable: true, ..Seg::default() };
@@ -290,6 +290,19 @@ fn protected(
     set_cs(v, sel, code, cpl);
     v.cpu.rip = if wide { offset & 0xffff_ffff } else { offset & 0xffff };
     Ok(())
+}
+
+/// Write a frame of words of `size` bytes at `la`. It is pushed from its top: a page fault is the first word's that faults so.
+fn push(v: &mut Vcpu, la: u64, frame: &[u8], size: usize, mode: usize) -> Res<()> {
+    let written = access::write(v, la, frame, mode);
+    if let Err(Stop::Exception(e)) = &written
+        && e.vector == PF
+    {
+        for at in (0..frame.len()).step_by(size).rev() {
+            access::check_pages(v, la.wrapping_add(at as u64), size as u64, Intent::Write, mode)?;
+        }
+    }
+    written
 }
 
 /// Stack of privilege level `cpl` from the 32- or 16-bit TSS.
@@ -336,7 +349,7 @@ fn real(v: &mut Vcpu, vector: u8) -> Res<()> {
     for (n, w) in frame.iter().enumerate() {
         bytes[n * 2..n * 2 + 2].copy_from_slice(&w.to_le_bytes());
     }
-    access::write(v, v.cpu.segs[SS].base.wrapping_add(sp as u64), &bytes, mmu_mode::KERNEL)?;
+    push(v, v.cpu.segs[SS].base.wrapping_add(sp as u64), &bytes, 2, mmu_mode::KERNEL)?;
     v.cpu.gpr[RSP] = v.cpu.gpr[RSP] & !0xffff | sp as u64;
     let sel = (entry >> 16) as u16;
     v.cpu.segs[CS].sel = sel;

@@ -100,6 +100,19 @@ fn ist_and_trap_gates() {
 }
 
 #[test]
+fn a_page_fault_of_delivery_is_the_first_push_that_faults() {
+    for (rsp, first) in [(MAPPED + 0x100, MAPPED + 0xf8), (MAPPED + 0x20, MAPPED + 0x18)] {
+        let mut m = long();
+        m.write64(TSS + 0x24, FREE - 0x400); // IST 1, for #DF
+        m.write64(IDT + 8 * 16, m.read64(IDT + 8 * 16) | 1 << 32);
+        m.v.cpu.gpr[RSP] = rsp;
+        exception::deliver(&mut m.v, Exception::page_fault(0, 0x1234_5678)).unwrap();
+        assert_eq!((m.v.cpu.rip - HANDLERS) / 16, 8);
+        assert_eq!(m.v.cpu.cr2, first, "{rsp:#x}");
+    }
+}
+
+#[test]
 fn faults_of_delivery_name_what_caused_them() {
     // Gate (low half), expected fault for a hardware exception and for INT n from user mode.
     let gate = |m: &Machine, vector: u64| m.read64(IDT + vector * 16);
