@@ -10,6 +10,7 @@ use crate::mem::CodePages;
 use crate::stats;
 use crate::thunks;
 use crate::translate::{Decoded, Entry, Link, LinkIds, Mode, Translator};
+use crate::vm::Stopped;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
@@ -306,8 +307,8 @@ impl CodeCache {
         })
     }
 
-    /// Inside `Vm::exclusive`: forget the blocks that cover a byte of `[first, last]`.
-    pub fn invalidate(&mut self, first: u64, last: u64, code: &CodePages, each_cpu: impl Fn(&mut dyn FnMut(&mut Cpu))) {
+    /// Forget the blocks that cover a byte of `[first, last]`.
+    pub fn invalidate(&mut self, first: u64, last: u64, code: &CodePages, stopped: &Stopped) {
         for n in first >> 12..=last >> 12 {
             let page = n << 12;
             let Some(mut p) = self.pages.remove(&page) else { continue };
@@ -318,7 +319,7 @@ impl CodeCache {
                 let start = page + (b.key.rip & 0xfff);
                 let end = start + b.guest_len as u64 - 1;
                 if start <= last && end >= first {
-                    self.remove(id, &each_cpu);
+                    self.remove(id, stopped);
                 } else {
                     p.granules |= granules(start & 0xfff, end & 0xfff);
                     p.blocks.push(id);
@@ -332,7 +333,7 @@ impl CodeCache {
         }
     }
 
-    fn remove(&mut self, id: u32, each_cpu: &impl Fn(&mut dyn FnMut(&mut Cpu))) {
+    fn remove(&mut self, id: u32, stopped: &Stopped) {
         let b = &mut self.blocks[id as usize];
         b.valid = false;
         let key = b.key;
@@ -348,7 +349,7 @@ impl CodeCache {
                 None => {}
             }
         }
-        each_cpu(&mut |cpu| {
+        stopped.each_cpu(|cpu| {
             let jumps: &mut Jumps = &mut cpu.jumps;
             jumps.forget(key.mode.mmu(), key.rip, host);
             for &s in &slots {

@@ -82,9 +82,7 @@ pub fn run_instruction(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], integer:
 /// Make sure that `execute` finds room. Waits for a safepoint if it doesn't, so no host address may be held.
 fn make_room(v: &mut Vcpu) {
     if v.vm.cache.lock().unwrap().is_full() {
-        let vm = v.vm.clone();
-        vm.exclusive(Some(&v.shared), || vm.drop_all_code());
-        v.refresh();
+        v.exclusive(|_, stopped| stopped.drop_all_code());
     }
 }
 
@@ -112,12 +110,14 @@ fn run_at(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
     }
     let locked = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
     if locked && integer && v.vm.vcpus.read().unwrap().len() > 1 && is_plain_memory(v, la, size, mode)? {
-        // Atomic across two pages: nobody else runs meanwhile.
-        let (vm, shared) = (v.vm.clone(), v.shared.clone());
-        return vm.exclusive(Some(&shared), || {
-            v.refresh();
-            on_copy(v, i, bytes, la, integer, mode)
-        });
+        // Atomic across two pages: nobody else runs meanwhile. Until then they may have put code there, whose end would have to
+        // wait for this to end.
+        let done = v.exclusive(|v, _| {
+            is_plain_memory(v, la, size, mode)?.then(|| on_copy(v, i, bytes, la, integer, mode)).transpose()
+        })?;
+        if done.is_some() {
+            return Ok(());
+        }
     }
     on_copy(v, i, bytes, la, integer, mode)
 }

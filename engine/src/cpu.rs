@@ -5,7 +5,8 @@
 //! [`Vcpu`]. Outside translated code the state in `Cpu` is complete and precise.
 
 use crate::mem::Slots;
-use crate::vm::{VcpuShared, Vm};
+use crate::vm::{Stopped, VcpuShared, Vm};
+use std::marker::PhantomPinned;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -223,7 +224,7 @@ pub struct Cpu {
     /// PAE's page-directory pointers, as they were when CR3 was loaded.
     pub pdptrs: [u64; 4],
     pub msr: Msrs,
-    /// The owner, for helpers called from translated code.
+    /// The owner, for helpers called from translated code; set by `run::enter`.
     pub vcpu: *mut Vcpu,
     /// The host's stack pointer while translated code runs, and its control words.
     pub host_rsp: u64,
@@ -253,6 +254,9 @@ pub struct Cpu {
     pub fpu: XsaveArea,
     pub tlb: [[TlbEntry; TLB_ENTRIES]; mmu_mode::COUNT],
     pub jumps: crate::jumps::Jumps,
+    /// Others change `poll` while a `&mut Cpu` lives, of which the compiler must not take it to be the only way there. Rust's
+    /// sign for that is to come (`UnsafePinned`); until then it is not to be `Unpin` (RFC 3467).
+    pub pinned: PhantomPinned,
 }
 
 #[repr(C, align(64))]
@@ -524,7 +528,7 @@ pub struct CpuBox {
 
 // SAFETY: the mapping is owned by this box alone; a vCPU is used by one thread at a time.
 unsafe impl Send for CpuBox {}
-// SAFETY: shared references only read; the byte that other threads write is reached through an atomic.
+// SAFETY: shared references only read, but for `poll`, which is an atomic.
 unsafe impl Sync for CpuBox {}
 
 /// Stack below `Cpu` for helpers called from translated code.
@@ -660,7 +664,6 @@ impl Vcpu {
             size_bytes => Some(crate::dirty::Ring::new(size_bytes)?),
         };
         let shared = Arc::new(VcpuShared::new(id, cpu.as_ptr(), lapic, ring)?);
-        vm.vcpus.write().unwrap().push(shared.clone());
         let slots = vm.slots.read().unwrap().clone();
         cpu.tsc_ratio = crate::sys::TSC_RATIO_ONE;
         let tsc_khz = vm.tsc_khz;
@@ -701,6 +704,8 @@ impl Vcpu {
         this.reset();
         this.mp_state =
             if id == boot || this.shared.lapic.is_none() { mp_state::RUNNABLE } else { mp_state::UNINITIALIZED };
+        // From here on others visit its state, unless it runs.
+        this.vm.vcpus.write().unwrap().push(this.shared.clone());
         Ok(this)
     }
 
@@ -751,6 +756,17 @@ impl Vcpu {
         self.injected = None;
         self.debug.reset();
         crate::mmu::flush_all(self);
+    }
+
+    /// `Vm::exclusive` by this vCPU, which runs. Others may come before and after `f`; it is up to date in both cases.
+    pub fn exclusive<R>(&mut self, f: impl FnOnce(&mut Self, &Stopped) -> R) -> R {
+        let (vm, shared) = (self.vm.clone(), self.shared.clone());
+        let result = vm.exclusive(Some(&shared), |stopped| {
+            self.refresh();
+            f(self, stopped)
+        });
+        self.refresh();
+        result
     }
 
     /// After a safepoint: take up what may have changed.

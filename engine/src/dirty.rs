@@ -11,7 +11,7 @@
 use crate::cache::revoke_writes;
 use crate::cpu::Vcpu;
 use crate::mem::{LOG_DIRTY, Slot};
-use crate::vm::{Vm, request};
+use crate::vm::{Stopped, Vm, request};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
@@ -88,9 +88,9 @@ pub fn take(vm: &Vm, id: u32) -> Option<Vec<u64>> {
     if bits.iter().all(|word| word.load(Ordering::Relaxed) == 0) {
         return Some(vec![0; bits.len()]);
     }
-    Some(vm.exclusive(None, || {
+    Some(vm.exclusive(None, |stopped| {
         let taken = bits.iter().map(|word| word.swap(0, Ordering::Relaxed)).collect();
-        protect(vm);
+        protect(vm, stopped);
         taken
     }))
 }
@@ -103,18 +103,18 @@ pub fn reset_rings(vm: &Vm) -> u32 {
     if rings.iter().all(|ring| !ring.lock().unwrap().is_handed_back()) {
         return 0;
     }
-    vm.exclusive(None, || {
+    vm.exclusive(None, |stopped| {
         let count = rings.iter().map(|ring| ring.lock().unwrap().reset(&vm.dirty)).sum();
-        protect(vm);
+        protect(vm, stopped);
         count
     })
 }
 
-/// Inside `Vm::exclusive`: have the next write to each logged page noticed whose bit is clear.
-fn protect(vm: &Vm) {
+/// Have the next write to each logged page noticed whose bit is clear.
+fn protect(vm: &Vm, stopped: &Stopped) {
     let slots = vm.slots.read().unwrap().clone();
     let logged = |page| slots.find(page).is_some_and(|s| s.flags & LOG_DIRTY != 0);
-    vm.each_cpu(|cpu| revoke_writes(cpu, logged));
+    stopped.each_cpu(|cpu| revoke_writes(cpu, logged));
 }
 
 /// `struct kvm_dirty_gfn`. User space reads and writes it at any time.

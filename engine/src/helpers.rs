@@ -27,7 +27,7 @@ pub fn pack_flags(flags: u64) -> u64 {
 /// # Safety
 /// `cpu` is what translated code has in RSP: live, and used by this thread alone.
 unsafe fn vcpu<'a>(cpu: *mut Cpu) -> &'a mut Vcpu {
-    // SAFETY: by the caller; `vcpu` is set before translated code is entered.
+    // SAFETY: by the caller; `run::enter` has set `vcpu`, and uses what it points to only once translated code has left.
     unsafe { &mut *(*cpu).vcpu }
 }
 
@@ -284,18 +284,16 @@ fn find_block(v: &mut Vcpu) -> Result<(Target, bool), Stop> {
         }
         if cache.is_full() {
             drop(cache);
-            vm.exclusive(Some(&v.shared), || vm.drop_all_code());
-            v.refresh();
+            v.exclusive(|_, stopped| stopped.drop_all_code());
             continue;
         }
         if !vm.code.has(key.page) {
             // From here on stores to the page are seen, by every vCPU, before its code is read.
             drop(cache);
-            vm.exclusive(Some(&v.shared), || {
+            v.exclusive(|_, stopped| {
                 vm.code.set(key.page, true);
-                vm.each_cpu(|cpu| revoke_writes(cpu, |page| page == key.page));
+                stopped.each_cpu(|cpu| revoke_writes(cpu, |page| page == key.page));
             });
-            v.refresh();
             continue;
         }
         let offset = (rip & 0xfff) as usize;

@@ -138,6 +138,8 @@ impl Vm {
 
     fn set_memory_region(&self, py: Python<'_>, id: u32, flags: u32, gpa: u64, size: u64, hva: u64) -> PyResult<()> {
         let vm = self.machine()?;
+        // The TLBs hold whole pages.
+        valid((gpa | size | hva) & 0xfff == 0 && gpa.checked_add(size).is_some() && hva.checked_add(size).is_some())?;
         py.detach(|| {
             let mut slots: Vec<Slot> = vm.slots.read().unwrap().as_slice().to_vec();
             slots.retain(|s| s.id != id);
@@ -442,6 +444,7 @@ impl Vcpu {
         }))
     }
     fn byte(&self, offset: usize) -> &AtomicU8 {
+        assert!(offset < kvm_run::BYTES);
         // SAFETY: the caller of `create_vcpu` keeps the kvm_run pages mapped while the vCPU lives; this byte
         // is shared with Python and only accessed as a byte.
         unsafe { &*((self.run as usize + offset) as *const AtomicU8) }

@@ -38,7 +38,6 @@ pub fn run(v: &mut Vcpu) -> Exit {
         count_exit(v, &exit);
         return exit;
     }
-    v.cpu.vcpu = v;
     v.vm.clone().start_running(&v.shared);
     v.refresh();
     let exit = run_loop(v);
@@ -244,7 +243,6 @@ pub fn complete(v: &mut Vcpu) {
         return;
     }
     signal::install();
-    v.cpu.vcpu = v;
     v.vm.clone().start_running(&v.shared);
     v.refresh();
     match interp::step(v) {
@@ -318,8 +316,9 @@ pub fn enter(v: &mut Vcpu, entry: u64) {
     v.cpu.fpu.sanitize();
     v.cpu.avx512 = v.cpu.fpu.0[crate::xstate::HEADER] as u64 & crate::xstate::AVX512;
     let cpu = v.cpu.as_ptr();
+    v.cpu.vcpu = v;
     signal::inside(cpu, || {
-        // SAFETY: `entry` comes from the live code cache and this vCPU is running.
+        // SAFETY: `entry` comes from the live code cache and this vCPU is running. Helpers reach it by `vcpu` alone meanwhile.
         unsafe { thunks::enter(cpu, entry) }
     });
     v.cpu.aflags = unpack_flags(v.cpu.flags_saved);

@@ -5,7 +5,7 @@
 //! (one that runs translated code), the stack pointer and the program counter, notes where it happened, and
 //! lets the thread continue at `Cpu::trap_exit`, which leaves translated code with the guest's registers as they
 //! were. Accesses of our own to guest memory that is gone are told by the program counter alone (`guest`). Any other
-//! signal goes to the handler that was there before.
+//! signal goes to the handler that was there before; if that passes it on to this one, to the default action.
 //!
 //! Handlers run on an alternate stack, large enough for an AVX-512 frame: the interpreter's own (faulthandler)
 //! may be smaller. Kicks do not use signals at all: they set `Cpu::poll`.
@@ -15,6 +15,7 @@ use crate::run::leave;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
 const STACK_BYTES: usize = 64 << 10;
@@ -23,9 +24,12 @@ thread_local! {
     /// The vCPU whose translated code this thread is executing.
     static INSIDE: Cell<*mut Cpu> = const { Cell::new(null_mut()) };
     static ALT_STACK: AltStack = const { AltStack(Cell::new(null_mut())) };
+    /// The handler that was there before is at work.
+    static PASSING_ON: Cell<bool> = const { Cell::new(false) };
 }
 
-static mut PREVIOUS: [MaybeUninit<libc::sigaction>; SIGNALS.len()] = [const { MaybeUninit::uninit() }; SIGNALS.len()];
+/// Handlers that were there before, by place in `SIGNALS`.
+static PREVIOUS: [AtomicUsize; SIGNALS.len()] = [const { AtomicUsize::new(libc::SIG_DFL) }; SIGNALS.len()];
 
 struct AltStack(Cell<*mut libc::c_void>);
 
@@ -50,15 +54,14 @@ impl Drop for AltStack {
 pub fn install() {
     for (n, &signal) in SIGNALS.iter().enumerate() {
         let mut now = MaybeUninit::<libc::sigaction>::uninit();
-        // SAFETY: plain system calls on valid structures. `PREVIOUS[n]` is written before our handler is in
-        // place, and again only by a thread that found another handler there.
+        // SAFETY: plain system calls on valid structures.
         unsafe {
             libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr());
-            let now = now.assume_init();
-            if now.sa_sigaction == handler as *const () as usize {
+            let now = now.assume_init().sa_sigaction;
+            if now == handler as *const () as usize {
                 continue;
             }
-            (&raw mut PREVIOUS[n]).write(MaybeUninit::new(now));
+            PREVIOUS[n].store(now, Ordering::SeqCst);
             let mut ours: libc::sigaction = std::mem::zeroed();
             ours.sa_sigaction = handler as *const () as usize;
             ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
@@ -168,24 +171,18 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         return;
     }
     let n = SIGNALS.iter().position(|&s| s == signal).unwrap_or(0);
-    // SAFETY: written before our handler was installed; sigaction structures are plain data.
-    let previous = unsafe { (&raw const PREVIOUS[n]).read().assume_init() };
-    match previous.sa_sigaction {
-        libc::SIG_DFL | libc::SIG_IGN => {
-            // Let the default action happen when the instruction runs again.
-            // SAFETY: a valid structure.
-            unsafe { libc::sigaction(signal, &previous, null_mut()) };
-        }
-        f if previous.sa_flags & libc::SA_SIGINFO != 0 => {
-            // SAFETY: the address of a handler of this type, by its flag.
+    match PREVIOUS[n].load(Ordering::SeqCst) {
+        f if f != libc::SIG_DFL && f != libc::SIG_IGN && !PASSING_ON.replace(true) => {
+            // SAFETY: the address of a handler. If it takes the number alone, it finds that where it expects it.
             let f: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
                 unsafe { std::mem::transmute(f) };
             f(signal, info, context);
+            PASSING_ON.set(false);
         }
-        f => {
-            // SAFETY: the address of a handler of this type, by its flag.
-            let f: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(f) };
-            f(signal);
-        }
+        // It happens when the instruction runs again.
+        // SAFETY: a system call.
+        _ => unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+        },
     }
 }

@@ -119,7 +119,8 @@ pub struct Set {
     file: Mutex<Option<OwnedFd>>,
     map: *mut u8,
     bytes: usize,
-    data: *const AtomicU64,
+    /// Within the mapping.
+    data: *const [AtomicU64],
     descriptors: &'static [Descriptor],
 }
 
@@ -172,14 +173,15 @@ impl Set {
             libc::madvise(map, bytes, libc::MADV_DONTFORK);
             let map = map.cast::<u8>();
             std::ptr::copy_nonoverlapping(image.as_ptr(), map, image.len());
-            Ok(Self { file: Mutex::new(Some(file)), map, bytes, data: map.add(data_at).cast(), descriptors })
+            let data = std::ptr::slice_from_raw_parts(map.add(data_at).cast(), offset as usize / 8);
+            Ok(Self { file: Mutex::new(Some(file)), map, bytes, data, descriptors })
         }
     }
 
     fn value(&self, place: usize) -> &AtomicU64 {
-        assert!(place < self.bytes / 8);
-        // SAFETY: aligned and within the mapping: a `Counter` belongs to the table that the set was made of.
-        unsafe { &*self.data.add(place) }
+        // SAFETY: aligned, and mapped as long as `self` lives.
+        let values = unsafe { &*self.data };
+        &values[place]
     }
 
     /// Count one. By the owner's thread, or under a lock.

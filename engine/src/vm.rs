@@ -20,8 +20,7 @@ use std::sync::{Arc, Mutex, RwLock};
 /// What threads other than the vCPU's own may touch.
 pub struct VcpuShared {
     pub id: u32,
-    /// The vCPU's state; null once the vCPU is gone. Others write `poll` at any time, the rest only
-    /// inside `Vm::exclusive`.
+    /// The vCPU's state; null once the vCPU is gone. Others write `poll` at any time, the rest only by `Stopped`.
     cpu: AtomicPtr<Cpu>,
     /// Rung for `request::*`; a halted vCPU sleeps there.
     pub bell: Doorbell,
@@ -94,10 +93,6 @@ impl VcpuShared {
     /// The vCPU is going away.
     pub fn detach(&self) {
         self.bell.locked(|_| self.cpu.store(std::ptr::null_mut(), Ordering::SeqCst));
-    }
-    /// The vCPU's state, for use inside `Vm::exclusive`.
-    pub fn cpu(&self) -> *mut Cpu {
-        self.cpu.load(Ordering::SeqCst)
     }
 }
 
@@ -177,41 +172,24 @@ impl Vm {
         self.safepoint.stop(vcpu);
     }
 
-    /// Run `f` while no vCPU runs. `me` is the calling vCPU, if one calls; it counts as stopped meanwhile,
-    /// so whatever it knew of slots, blocks or host addresses must be looked up again afterwards.
-    pub fn exclusive<R>(&self, me: Option<&VcpuShared>, f: impl FnOnce() -> R) -> R {
+    /// Run `f` while no vCPU runs. vCPUs call `Vcpu::exclusive`. `me` is the calling vCPU, if one calls; it counts as stopped
+    /// meanwhile, and another may be exclusive before and after `f`: whatever it knew of slots, blocks or host addresses must
+    /// be looked up again.
+    pub fn exclusive<R>(&self, me: Option<&VcpuShared>, f: impl FnOnce(&Stopped) -> R) -> R {
         let vcpus = || self.vcpus.read().unwrap().clone();
         self.safepoint.exclusive(me, vcpus, || {
             self.stats.count(stats::vm::EXCLUSIVE);
-            f()
+            f(&Stopped { vm: self })
         })
     }
 
     /// Replace the memory slots; every cached translation is dropped.
     pub fn set_slots(&self, slots: Slots) {
-        self.exclusive(None, || {
+        self.exclusive(None, |stopped| {
             *self.slots.write().unwrap() = Arc::new(slots);
-            self.drop_all_code();
-            self.each_cpu(crate::mmu::clear);
+            stopped.drop_all_code();
+            stopped.each_cpu(crate::mmu::clear);
         });
-    }
-
-    /// Inside `exclusive`: visit every vCPU's state.
-    pub fn each_cpu(&self, mut f: impl FnMut(&mut Cpu)) {
-        for v in self.vcpus.read().unwrap().iter() {
-            let cpu = v.cpu();
-            if !cpu.is_null() {
-                // SAFETY: no vCPU runs, so nobody else uses its state.
-                f(unsafe { &mut *cpu });
-            }
-        }
-    }
-
-    /// Inside `exclusive`: empty the code cache.
-    pub fn drop_all_code(&self) {
-        self.cache.lock().unwrap().clear();
-        self.code.clear();
-        self.each_cpu(|cpu| cpu.jumps.clear());
     }
 
     /// Whether pages of `[gpa, gpa + len)`, just written, have translated code.
@@ -233,9 +211,9 @@ impl Vm {
         if !self.cache.lock().unwrap().overlaps(gpa, last) {
             return;
         }
-        self.exclusive(me, || {
+        self.exclusive(me, |stopped| {
             let mut cache = self.cache.lock().unwrap();
-            cache.invalidate(gpa, last, &self.code, |f| self.each_cpu(f));
+            cache.invalidate(gpa, last, &self.code, stopped);
         });
     }
 
@@ -309,6 +287,33 @@ impl Vm {
             return None;
         }
         v.lapic.as_ref()?.timer_fired(v, now)
+    }
+}
+
+/// No vCPU of `vm` runs while this lives: what `Vm::exclusive` passes on.
+pub struct Stopped<'a> {
+    vm: &'a Vm,
+}
+
+impl Stopped<'_> {
+    /// Visit every vCPU's state.
+    pub fn each_cpu(&self, mut f: impl FnMut(&mut Cpu)) {
+        // The lock keeps vCPUs from going away: `Vcpu::drop` takes it before the state is unmapped.
+        for v in self.vm.vcpus.read().unwrap().iter() {
+            let cpu = v.cpu.load(Ordering::SeqCst);
+            if !cpu.is_null() {
+                // SAFETY: mapped, see above. Its owner uses it only while it runs, or is in this call itself and waits for `f`.
+                // Other threads change `poll` all the time, which `Cpu` is pinned for.
+                f(unsafe { &mut *cpu });
+            }
+        }
+    }
+
+    /// Empty the code cache.
+    pub fn drop_all_code(&self) {
+        self.vm.cache.lock().unwrap().clear();
+        self.vm.code.clear();
+        self.each_cpu(|cpu| cpu.jumps.clear());
     }
 }
 

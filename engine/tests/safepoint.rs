@@ -8,6 +8,8 @@ use _engine::mem::{LOG_DIRTY, Slots};
 use _engine::run;
 use _engine::vm::request;
 use common::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
 /// Counter of the first vCPU, of the second, and a flag that stops both.
@@ -132,6 +134,57 @@ fn locked_increments_add_up_even_across_pages() {
         assert_eq!(both(&mut m, other, |_| {}), (Exit::Hlt, Exit::Hlt));
         assert_eq!(m.read64(counter), 6000, "counter at {counter:#x}");
     }
+}
+
+/// The upper half of what one vCPU increments is code that the other runs: between a look at that and the locked operation, the
+/// page turns into one with code.
+#[test]
+fn a_locked_operand_may_reach_into_code() {
+    const ROUNDS: u64 = 20_000;
+    let mut m = Machine::new(4 << 20);
+    m.long_mode();
+    // again: lock inc qword [rbx]; dec rcx; jnz again; hlt
+    m.write(FREE, &[0xf0, 0x48, 0xff, 0x03, 0x48, 0xff, 0xc9, 0x75, 0xf7, 0xf4]);
+    // again: call rdx; dec rcx; jnz again; hlt
+    m.write(FREE + 0x1000, &[0xff, 0xd2, 0x48, 0xff, 0xc9, 0x75, 0xf9, 0xf4]);
+    // ret
+    m.write(PATCHED, &[0xc3]);
+    let mut other = second(&m);
+    (m.v.cpu.gpr[3], m.v.cpu.gpr[1], m.v.cpu.rip) = (PATCHED - 4, ROUNDS, FREE);
+    (other.cpu.gpr[2], other.cpu.gpr[1], other.cpu.rip) = (PATCHED, ROUNDS, FREE + 0x1000);
+    assert_eq!(both(&mut m, other, |_| {}), (Exit::Hlt, Exit::Hlt));
+    assert_eq!(m.read64(PATCHED - 4), 0xc3 << 32 | ROUNDS);
+}
+
+/// Others change the slots before and after a vCPU has the machine to itself.
+#[test]
+fn a_vcpu_is_up_to_date_around_a_safepoint() {
+    let mut m = Machine::new(4 << 20);
+    let vm = m.v.vm.clone();
+    let running = AtomicBool::new(true);
+    let outdated = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let slots = vm.slots.read().unwrap().clone();
+                while running.load(Relaxed) {
+                    vm.set_slots(Slots::clone(&slots));
+                }
+            });
+        }
+        let v = &mut m.v;
+        let is_current = |v: &Vcpu| Arc::ptr_eq(&v.slots, &vm.slots.read().unwrap());
+        let mut outdated = 0;
+        for _ in 0..100_000 {
+            vm.start_running(&v.shared);
+            v.refresh();
+            outdated += v.exclusive(|v, _| !is_current(v)) as u32;
+            outdated += !is_current(v) as u32;
+            vm.stop_running(&v.shared);
+        }
+        running.store(false, Relaxed);
+        outdated
+    });
+    assert_eq!(outdated, 0);
 }
 
 #[test]

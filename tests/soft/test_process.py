@@ -2,6 +2,9 @@
 
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -122,3 +125,21 @@ def test_translate_after_its_memory_is_gone(kvm: Kvm) -> None:
 @pytest.fixture(name="kvm")
 def _kvm() -> Kvm:
     return kvmkit.kvm.open("soft")
+
+
+def test_a_crash_is_reported_once() -> None:
+    # The handler in front of the engine's passes on what is nobody's, to it.
+    crash = """
+import ctypes, faulthandler
+import kvmkit.kvm
+from kvmkit.testing.guest import Guest
+
+with kvmkit.kvm.open("soft") as system, Guest(system, "hlt") as guest:
+    guest.vcpu.run()
+    faulthandler.enable()
+    guest.vcpu.run()
+    ctypes.string_at(0)
+"""
+    done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stderr.count("Fatal Python error") == 1, done.stderr
