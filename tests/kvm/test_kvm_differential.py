@@ -20,15 +20,15 @@ def test_cases_end_as_on_the_kernels_kvm() -> None:
         pytest.skip("soft: the native module kvmkit._engine isn't built")
     try:
         linux = kvmkit.kvm.open("linux")
-        rules, modes = KVM[kernel_kvm()]
+        kernel = KVM[kernel_kvm()]
     except (OSError, LookupError) as error:
         pytest.skip(f"linux: {error}")
     with linux, kvmkit.kvm.open("soft") as soft:
-        engine, reference = Machine(soft), Machine(linux, fresh=True)
+        engine, reference = Machine(soft), Machine(linux, kernel.fresh)
         try:
-            comparison = Comparison(engine.run, reference.run, rules)
+            comparison = Comparison(engine.run, reference.run, kernel.rules, kernel.unfit)
             for seed in range(CASES):
-                difference = comparison.run(seed, modes)
+                difference = comparison.run(seed, kernel.modes)
                 assert difference is None, difference
             assert comparison.ends["not compared"] < CASES / 3
         finally:

@@ -52,6 +52,12 @@ def run(case: Case) -> Outcome:
         0,
         u.UC_X86_INS_IN,
     )
+    for fpu, value in (
+        (u.UC_X86_REG_FPCW, 0x37F),
+        (u.UC_X86_REG_FPTAG, 0xFFFF),
+        (u.UC_X86_REG_MXCSR, 0x1F80),
+    ):
+        uc.reg_write(fpu, value)
     start = _prepare(uc, case)
     for name, register in registers.items():
         uc.reg_write(register, case.registers[name])

@@ -12,6 +12,7 @@ from kvmkit.uapi import x86
 
 ERROR_CODES = frozenset((8, 10, 11, 12, 13, 14, 17))
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+FSW_SF = 1 << 6
 DR6, DR7 = 0xFFFF0FF0, 0x400
 MOV_TO_DR = b"\x0f\x23"
 BUSY = 2
@@ -41,6 +42,8 @@ class Outcome:
     """Where in memory the frame of the exception lies that ended it, and its bytes."""
     ports: bool = False
     """Whether ports were read, if that is known."""
+    stack_fault: bool = False
+    """Whether x87 code took a register that was empty, or loaded one that wasn't, if that is known."""
 
     @property
     def vector(self) -> int | None:
@@ -174,6 +177,7 @@ class Machine:
         found = vcpu.get_msrs(OTHER_MSRS.values())
         values |= {name: found[index] for name, index in OTHER_MSRS.items() if index in found}
         outcome = Outcome("halt", values, self.memory.read(0, c.MEMORY_BYTES), ports=self.ports)
+        outcome.stack_fault = bool(vcpu.get_fpu().fsw & FSW_SF)
         interpret(outcome)
         return outcome
 
