@@ -10,6 +10,7 @@ from kvmkit.testing.differential.code import Item
 
 CR0_PE, CR0_ET, CR0_NE, CR0_WP, CR0_AM, CR0_PG = 1, 0x10, 0x20, 1 << 16, 1 << 18, 1 << 31
 CR4_PAE, CR4_OSFXSR = 1 << 5, 1 << 9
+VM = 1 << 17
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1, 1 << 8, 1 << 10, 1 << 11
 GPRS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)))
 
@@ -28,6 +29,12 @@ class Mode:
     paging: str
     """"", "32", "pae" or "long"."""
     protected: bool = True
+    vm86: bool = False
+
+    @property
+    def real(self) -> bool:
+        """Whether segments are what real mode makes of selectors."""
+        return self.vm86 or not self.protected
 
     @property
     def long(self) -> bool:
@@ -43,6 +50,7 @@ MODES = {
         Mode("protected32", 32, ""),
         Mode("paged32", 32, "32"),
         Mode("pae32", 32, "pae"),
+        Mode("vm86", 16, "32", vm86=True),
         Mode("long", 64, "long"),
         Mode("compatibility32", 32, "long"),
         Mode("compatibility16", 16, "long"),
@@ -114,8 +122,8 @@ def make(seed: int, modes: tuple[str, ...] = tuple(MODES)) -> Case:
     """Return case `seed` of the given modes."""
     r = Random(f"case {seed}")
     mode = MODES[r.choice(modes)]
-    user = mode.protected and r.random() < 0.4
-    items = _pool(seed // POOL_CASES, mode.bits, mode.long, not mode.protected)
+    user = mode.vm86 or (mode.protected and r.random() < 0.4)
+    items = _pool(seed // POOL_CASES, mode.bits, mode.long, mode.real)
     chosen = tuple(r.choice(items) for _ in range(r.choice((1, 2, 2, 3, 4, 6, 8))))
     memory = bytearray(r.randbytes(256) * (c.MEMORY_BYTES // 256))
     _put(memory, c.DATA, r.randbytes(4096) * c.DATA_PAGES)
@@ -171,7 +179,7 @@ def _registers(r: Random, mode: Mode, user: bool, control: dict[str, int]) -> di
             )
         )
         found[name] = value if mode.bits == 64 or name not in GPRS[8:] else 0
-    base = 0x6000 if not mode.protected else 0  # of DS and ES in real mode
+    base = 0x6000 if mode.real else 0  # of DS and ES in real mode
     for name in ("rbx", "rsi", "rdi", "rbp"):
         page = (
             c.DATA + 0x1000 * r.randrange(1, c.DATA_PAGES)
@@ -186,7 +194,9 @@ def _registers(r: Random, mode: Mode, user: bool, control: dict[str, int]) -> di
     arithmetic = r.getrandbits(12) & c.ARITHMETIC
     iopl = r.choice((0, 0, 0x3000)) if mode.protected else 0
     extra = r.choice((0,) * 12 + (0x400, 0x100, 0x4000, 0x40000 if control["cr0"] & CR0_AM else 0, 0x10000))
-    found["rflags"] = 2 | arithmetic | iopl | extra | (0x200 if r.random() < 0.3 else 0)
+    found["rflags"] = (
+        (VM if mode.vm86 else 0) | 2 | arithmetic | iopl | extra | (0x200 if r.random() < 0.3 else 0)
+    )
     return found
 
 
@@ -195,11 +205,15 @@ FLAT_BYTES = c.MEMORY_BYTES - 1
 
 
 def _segments(r: Random, mode: Mode, user: bool) -> dict[str, Segment]:
-    if not mode.protected:
-        data = Segment(0x600, 0x6000, 0xFFFF, 0x93)
-        zero = Segment(0, 0, 0xFFFF, 0x93)
-        return {"cs": replace(zero, flags=0x9B), "ds": data, "es": data, "fs": data, "gs": zero, "ss": zero,
-                "tr": Segment(0, 0, 0xFFFF, 0x8B), "ldt": Segment(0, 0, 0xFFFF, 0x82)}  # fmt: skip
+    system = {"tr": Segment(0x28, c.TSS, 0xFF, 0x8B), "ldt": Segment(0x38, c.LDT, 0x7F, 0x82)}
+    if mode.real:
+        flags = 0xF3 if mode.vm86 else 0x93
+        data = Segment(0x600, 0x6000, 0xFFFF, flags)
+        zero = Segment(0, 0, 0xFFFF, flags)
+        if not mode.vm86:
+            system = {"tr": Segment(0, 0, 0xFFFF, 0x8B), "ldt": Segment(0, 0, 0xFFFF, 0x82)}
+        cs = zero if mode.vm86 else replace(zero, flags=0x9B)
+        return {"cs": cs, "ds": data, "es": data, "fs": data, "gs": zero, "ss": zero, **system}
     flat = 0xFFFFFFFF if mode.paging else FLAT_BYTES
     granular = 0x8000 if mode.paging else 0
     code = {64: 0x209B, 32: 0x409B, 16: 0x009B}[mode.bits] | granular
@@ -208,8 +222,7 @@ def _segments(r: Random, mode: Mode, user: bool) -> dict[str, Segment]:
     data = Segment(0x20 | rpl if user else 0x10, 0, flat, 0x4093 | granular | dpl)
     null = Segment(0, 0, 0, 0)
     extra = null if r.random() < 0.2 else data
-    return {"cs": cs, "ds": data, "es": data, "fs": extra, "gs": extra, "ss": data,
-            "tr": Segment(0x28, c.TSS, 0xFF, 0x8B), "ldt": Segment(0x38, c.LDT, 0x7F, 0x82)}  # fmt: skip
+    return {"cs": cs, "ds": data, "es": data, "fs": extra, "gs": extra, "ss": data, **system}
 
 
 def descriptor(segment: Segment) -> bytes:
@@ -230,8 +243,10 @@ def _descriptors(r: Random, mode: Mode, segments: dict[str, Segment], memory: by
     flat = 0xFFFFFFFF if mode.paging else FLAT_BYTES
     granular = 0x8000 if mode.paging else 0
     code = {64: 0x209B, 32: 0x409B, 16: 0x009B}[mode.bits] | granular
+    if mode.vm86:
+        code = 0x409B | granular
     handler = code if not mode.long else 0x209B | granular  # interrupts lead to 64-bit code in long mode
-    kernel = handler if segments["cs"].selector != 0x08 else segments["cs"].flags
+    kernel = handler if mode.vm86 or segments["cs"].selector != 0x08 else segments["cs"].flags
     table = bytearray(c.TSS - c.GDT)
     for selector, flags in (
         (0x08, kernel),

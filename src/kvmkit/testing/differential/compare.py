@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvmkit.testing.differential import code as c
-from kvmkit.testing.differential.cases import MODES, Case, make
+from kvmkit.testing.differential.cases import MODES, VM, Case, make
 from kvmkit.testing.differential.known import RF, Differences, Rule
 from kvmkit.testing.differential.run import ERROR_CODES, Outcome
 
@@ -21,16 +21,21 @@ def before_delivery(outcome: Outcome) -> Outcome:
     long, protected = bool(v["efer"] & 1 << 10), bool(v["cr0"] & 1)
     size = 8 if long else 4 if protected else 2
     error = protected and outcome.vector in ERROR_CODES
-    words = [int.from_bytes(outcome.memory[at + n * size :][:size], "little") for n in range(6)]
+    words = [int.from_bytes(outcome.memory[at + n * size :][:size], "little") for n in range(10)]
     v["error code"] = words.pop(0) & 0xFFFFFFFF if error else 0
     v["rip"], v["cs"], v["rflags"] = words[0], words[1] & 0xFFFF, words[2]
-    if long or (protected and v["cs"] & 3):
+    if long or (protected and (v["cs"] & 3 or v["rflags"] & VM)):
         v["rsp"], v["ss"] = words[3], words[4] & 0xFFFF
         length = size * (5 + error)
     else:
         v["rsp"] += length
+    hidden = ["cs.", "ss."]
+    if protected and not long and v["rflags"] & VM:
+        length = size * (9 + error)
+        v["es"], v["ds"], v["fs"], v["gs"] = (word & 0xFFFF for word in words[5:9])
+        hidden += ["ds.", "es.", "fs.", "gs."]
     for name in list(v):
-        if name.startswith(("cs.", "ss.")):
+        if name.startswith(tuple(hidden)):
             del v[name]
     return replace(outcome, values=v, frame=(at, length))
 

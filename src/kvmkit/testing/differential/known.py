@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmkit.testing.differential import code as c
-from kvmkit.testing.differential.cases import MODES, Case
+from kvmkit.testing.differential.cases import FLAT_BYTES, MODES, Case
 from kvmkit.testing.differential.run import Outcome
 
 Differences = dict[str, tuple[int, int]]
 Test = Callable[[Case, Outcome, Outcome, Differences], bool]
 
-RF = 1 << 16
+RF, ZF = 1 << 16, 1 << 6
 PORTS = b"\xe4\xe5\xe6\xe7\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 
 
@@ -57,6 +57,15 @@ def refused(*opcodes: str, vector: int = 13) -> Test:
     return applies
 
 
+SYSTEM = (
+    # What faults for other reasons
+    *(
+        bytes.fromhex(code)
+        for code in ("0f20", "0f21", "0f22", "0f23", "0f30", "0f32", "f4", "fa", "fb", "8e")
+    ),
+)
+
+
 def contains(*codes: str) -> Test:
     """Whether one of these byte sequences is in the case."""
     wanted = [bytes.fromhex(text) for text in codes]
@@ -74,7 +83,7 @@ def _undelivered(case: Case, ours: Outcome, theirs: Outcome, found: Differences)
     changed = any(v[name] != before[name] for name in ("gdt", "idt")) or any(
         v[f"{name}.limit"] != before[f"{name}_limit"] for name in ("gdt", "idt")
     )
-    if (v["cr0"] ^ before["cr0"]) & 0x80000001 and ours.vector is not None:
+    if (v["cr0"] ^ before["cr0"]) & 0x80000001 and theirs.vector is not None:
         return True  # by the tables of another mode
     return (
         theirs.vector is not None
@@ -91,34 +100,48 @@ def _port(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> boo
     return ours.vector == 13 and case.user and opcode(ours, case)[:1] in [bytes([b]) for b in PORTS]
 
 
-SYSTEM = (
-    b"\x0f\x00",
-    b"\x0f\x01",
-    b"\x0f\x20",
-    b"\x0f\x22",
-    b"\x0f\x21",
-    b"\x0f\x23",
-    b"\x0f\x30",
-    b"\x0f\x32",
-    b"\xf4",
-    b"\xfa",
-    b"\xfb",
-    b"\x8e",
-)
+OVERRIDES = {0x26: "es", 0x2E: "cs", 0x36: "ss", 0x3E: "ds", 0x64: "fs", 0x65: "gs"}
+STRINGS = frozenset(range(0xA4, 0xA8)) | frozenset(range(0xAA, 0xB0)) | {0x6C, 0x6D}
+
+
+def _limited(case: Case, ours: Outcome, name: str) -> bool:
+    """Whether an access by this segment register can fault: it is null, of a kind that forbids something, or its limit is low."""
+    selector = ours.values[name]
+    if case.mode.real:
+        return True
+    if selector == case.segments[name].selector and ours.values["gdt"] == case.control["gdt"]:
+        return case.segments[name].limit == 0  # the flat ones are all memory
+    if selector & 0xFFFC == 0:
+        return True
+    entry = int.from_bytes(
+        case.memory[(c.LDT if selector & 4 else c.GDT) + (selector & 0xFFF8) :][:8], "little"
+    )
+    limit = (entry & 0xFFFF) | (entry >> 32 & 0xF0000)
+    if entry >> 55 & 1:
+        limit = limit << 12 | 0xFFF
+    kind = entry >> 40 & 0xF
+    return (
+        limit != (0xFFFFFFFF if case.mode.paging else FLAT_BYTES)
+        or kind & 0xA not in (2, 0xA)
+        or kind & 0xC == 4
+    )
 
 
 def _segments(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    if (
+        ours.vector not in (12, 13)
+        or ours.values["error code"]
+        or not (ours.end != theirs.end or "rip" in found)
+    ):
+        return False
+    if case.mode.bits == 64 and ours.values["cs"] == case.segments["cs"].selector:
+        return False
     at = opcode(ours, case)
-    stores_table = (
-        at[:2] == b"\x0f\x01" and at[2] >> 3 & 7 < 2 or at[:2] == b"\x0f\x00" and at[2] >> 3 & 7 < 2
-    )
-    return (
-        ours.vector in (12, 13)
-        and ours.values["error code"] == 0
-        and (case.mode.bits != 64 or ours.values["cs"] != case.segments["cs"].selector)
-        and (ours.end != theirs.end or "rip" in found)
-        and (not at.startswith(SYSTEM) or stores_table)
-    )
+    prefixes = case.image()[ours.values["rip"] :][:12].partition(at)[0]
+    used = {"ss", "cs"} | {next((OVERRIDES[byte] for byte in prefixes if byte in OVERRIDES), "ds")}
+    if at[0] in STRINGS:
+        used.add("es")
+    return not at.startswith(SYSTEM) and any(_limited(case, ours, name) for name in used)
 
 
 def _pushed_rf(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -140,6 +163,10 @@ def _second_page(case: Case, ours: Outcome, theirs: Outcome, found: Differences)
 def _two_pages(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     a, b = found.get("cr2", (0, 0))
     return ours.vector == theirs.vector == 14 and set(found) == {"cr2"} and b & 0xFFF == 0 and b - 8 < a < b
+
+
+def _table_base(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return case.mode.bits == 64 and refused("0f01")(case, ours, theirs, found)
 
 
 def _target(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -195,14 +222,41 @@ def _reserved_form(case: Case, ours: Outcome, theirs: Outcome, found: Difference
     at = opcode(ours, case)
     if ours.vector != 6 or not (theirs.end != ours.end or "rip" in found):
         return False
-    return (at[:1] == b"\x8f" and at[1] & 0x38 != 0) or (
+    return (at[:1] in (b"\x8f", b"\xc6", b"\xc7") and at[1] & 0x38 != 0) or (
         at[:2] in (b"\x0f\x71", b"\x0f\x72", b"\x0f\x73") and at[2] < 0xC0
     )
 
 
 def _flags_of_cmpxchg8b(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    _, b = found.get("rflags", (0, 0))
-    return b & ~0x3F7FD7 != 0 and contains("0fc7")(case, ours, theirs, found)
+    a, b = found["rflags"]
+    garbage = b & ~0x3F7FD7 != 0 or (a ^ b) & ~(c.ARITHMETIC & ~ZF) == 0
+    return garbage and contains("0fc7")(case, ours, theirs, found)
+
+
+def _undefined_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    a, b = found["rflags"]
+    at = ours.values["rip"] - case.rip
+    return (a ^ b) & ~c.ARITHMETIC == 0 and not 0 <= at <= len(case.code)
+
+
+def _base_of_64_bit_code(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    selector = theirs.values["cs"]
+    at = (c.LDT if selector & 4 else c.GDT) + (selector & 0xFFF8)
+    if not case.mode.long or theirs.end == ours.end or at > c.MEMORY_BYTES - 8:
+        return False
+    entry = case.memory[at : at + 8]
+    base = int.from_bytes(entry[2:5], "little") | entry[7] << 24
+    return entry[6] & 0x20 != 0 and base != 0 and theirs.vector == 14
+
+
+def _pushed_before_the_limit(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    at, sp = opcode(ours, case), ours.values["rsp"]
+    far = at[:1] == b"\x9a" or (at[:1] == b"\xff" and at[1] >> 3 & 7 == 3)
+    return (
+        far
+        and ours.vector == theirs.vector == 13
+        and all(name.startswith("memory") and sp - 16 <= int(name.split()[1], 16) < sp for name in found)
+    )
 
 
 def _upper_half(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -236,7 +290,6 @@ def _code_both_ways(case: Case, ours: Outcome, theirs: Outcome, found: Differenc
 
 
 UNICORN = (
-    Rule("fast system calls", "Unicorn calls hooks for SYSCALL and SYSENTER and doesn't execute them", contains("0f05", "0f34")),
     Rule("delivery", "Unicorn delivers nothing: what comes of a gate or of a table that was changed is not seen", _undelivered),
     Rule("HLT and TF", "Unicorn stops at HLT; the trap comes behind it (SDM 3, 17.3.1.4)", _stepping_over_hlt),
     Rule("unknown MSRs", "Unicorn reads unknown MSRs as 0 instead of #GP", refused("0f32")),
@@ -251,7 +304,7 @@ UNICORN = (
     Rule("flags of SYSRET", "R11 & 3C7FD7 (SYSRET); Unicorn loads VM and leaves VIF and VIP", _sysret_flags),
     Rule("a null SYSENTER_CS", "only bits 2 to 15 count: 1 to 3 are null, too (SYSENTER, SYSEXIT)", refused("0f34", "0f35")),
     Rule("a null TR", "LTR of a null selector is #GP(0)", refused("0f00")),
-    Rule("bases of LGDT and LIDT", "they must be canonical in 64-bit mode", refused("0f01")),
+    Rule("bases of LGDT and LIDT", "they must be canonical in 64-bit mode", _table_base),
     Rule("L and D", "code that is both 64-bit and 32-bit is #GP in IA-32e mode (SDM 3, 5.2.1); Unicorn runs it", _code_both_ways),
     Rule("segments", "Unicorn checks neither limits nor kinds of segments at an access (SDM 3, 5.3 to 5.5)", _segments),
     Rule("#AC", "Unicorn checks no alignment (SDM 3, 6.15)", lambda case, ours, theirs, found: ours.vector == 17),
@@ -265,8 +318,11 @@ UNICORN = (
     Rule("the time", "RDTSC reads another time", _time),
     Rule("LAR of 16-bit system segments", "there are none in IA-32e mode (LAR, LSL: table of types)", _small_system_segments),
     Rule("x87 stack faults", "QEMU has none, as processors do (SDM 1, 8.5.1.1)", _stack_fault),
-    Rule("reserved forms", "#UD, as processors show: POP by 8F /1 to /7, vector shifts of memory by 0F 71 to 73", _reserved_form),
-    Rule("flags of CMPXCHG8B", "are garbage in Unicorn, bits that there are not among them", _flags_of_cmpxchg8b, "rflags"),
+    Rule("reserved forms", "#UD, as processors show: POP, MOV by 8F, C6, C7 /1 to /7, vector shifts of memory by 0F 71 to 73", _reserved_form),
+    Rule("flags of CMPXCHG8B", "all but ZF are garbage in Unicorn", _flags_of_cmpxchg8b, "rflags"),
+    Rule("undefined flags", "of random code that the case came to (a jump through memory), where nothing clears them", _undefined_flags, "rflags"),
+    Rule("base of 64-bit code", "is not used (SDM 3, 5.2.1); Unicorn uses it", _base_of_64_bit_code),
+    Rule("CALL's checks", "all come before it pushes (CALL); Unicorn pushes before it looks at the limit", _pushed_before_the_limit),
     Rule("upper half of SYSENTER_CS", "is stored (a register of 32 bits in VMX, too); lost in Unicorn", _upper_half, "SYSENTER_CS"),
     Rule("a TSS in the LDT", "JMP and CALL are #GP there, only IRET is #TS (SDM 3, 7.2.2); #TS in Unicorn", _tss_in_ldt),
 )  # fmt: skip
@@ -332,6 +388,14 @@ def _trap_of_sti(case: Case, ours: Outcome, theirs: Outcome, found: Differences)
 def _gate_error_code(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     a, b = found.get("error code", (0, 0))
     return case.mode.long and set(found) == {"error code"} and a & 7 == 2 and b == (a >> 3) * 16 + 2
+
+
+def _breakpoints_of_ip(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return (
+        case.mode.bits == 16
+        and ours.vector == theirs.vector == 1
+        and all((a ^ b) & ~15 == 0 for a, b in found.values())
+    )
 
 
 def _sysenter_code(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -414,6 +478,7 @@ TCG = (
     Rule("STI and TF", "STI holds back interrupts, not traps (SDM 3, 6.8.3); in QEMU traps, too", _trap_of_sti),
     Rule("error codes of IDT gates", "they hold 8 times the vector (SDM 3, 6.13), which QEMU has times 16 in long mode", _gate_error_code),
     Rule("D of SYSENTER's CS", "0 in IA-32e mode (SDM 2, SYSENTER); QEMU sets L and D", _sysenter_code, "cs.flags"),
+    Rule("B0 to B3 of DR6", "a trap of TF compares IP, without CS, with DR0 to DR3 in QEMU, in whatever mode", _breakpoints_of_ip, "dr6"),
     Rule("addresses in MSRs", "WRMSR checks that they are canonical; QEMU doesn't", _unchecked_address),
     Rule("SYSCALL and SYSRET", "#UD outside 64-bit mode; QEMU does as AMD's processors", _fast_outside_64_bits),
     Rule("I/O in user mode", "QEMU takes a busy TSS for none, and so has no permission bitmap under SVM", _port_refused),

@@ -89,19 +89,22 @@ class Qemu:
         with ram.open("w+b") as file:
             file.truncate(MEMORY_BYTES)
             self.memory = mmap.mmap(file.fileno(), MEMORY_BYTES)
-        command = [
+        self._line = [
             QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-cpu", CPU, "-m", "16",
             "-M", "microvm,memory-backend=ram,pic=off,pit=off,rtc=off,isa-serial=off",
             "-object", f"memory-backend-file,id=ram,size=16M,share=on,mem-path={ram}",
             "-bios", str(here / "rom"), "-qmp", f"unix:{here}/qmp,server=on,wait=off",
         ]  # fmt: skip
-        self._process = subprocess.Popen(command)
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(self._line, stderr=subprocess.DEVNULL)
         self._end = weakref.finalize(self, _end, self._process)
         self._socket = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + TIMEOUT_S
-        while self._socket.connect_ex(f"{here}/qmp"):
+        while self._socket.connect_ex(f"{self._directory.name}/qmp"):
             if time.monotonic() > deadline or self._process.poll() is not None:
-                raise OSError(f"QEMU doesn't start: {' '.join(command)}")
+                raise OSError(f"QEMU doesn't start: {' '.join(self._line)}")
             time.sleep(0.01)
         self._lines = self._socket.makefile("r")
         self._lines.readline()
@@ -109,7 +112,7 @@ class Qemu:
 
     def _command(self, name: str, **arguments: str) -> Any:
         self._socket.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
-        while "event" in (answer := json.loads(self._lines.readline())):
+        while "event" in (answer := json.loads(self._lines.readline() or '{"error": "it ended"}')):
             pass
         if "return" not in answer:
             raise OSError(f"QEMU, {name}: {answer}")
@@ -122,10 +125,20 @@ class Qemu:
         image[STUB : STUB + len(stub)] = stub
         self.memory[IMAGE : IMAGE + len(image)] = bytes(image)
         self.memory[GO : GO + 4] = (case.mode.bits if not case.mode.protected else 32).to_bytes(4, "little")
+        try:
+            return self._outcome()
+        except OSError:
+            if self._process.poll() is None:
+                raise
+        self._disconnect()
+        self._start()
+        return Outcome("unsupported: QEMU ended itself")
+
+    def _outcome(self) -> Outcome:
         self._command("system_reset")
         deadline = time.monotonic() + TIMEOUT_S
         while any(self.memory[GO : GO + 4]):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._process.poll() is not None:
                 raise OSError("QEMU doesn't come to the ROM")
             os.sched_yield()
         while True:
@@ -141,11 +154,14 @@ class Qemu:
         interpret(outcome)
         return outcome
 
-    def close(self) -> None:
-        """End it."""
+    def _disconnect(self) -> None:
         self._end()
         self._lines.close()
         self._socket.close()
+
+    def close(self) -> None:
+        """End it."""
+        self._disconnect()
         self.memory.close()
         self._directory.cleanup()
 
@@ -218,7 +234,7 @@ def _stub(case: Case, image: bytearray) -> bytes:
         immediate(0, s["tr"].selector) + b"\x0f\x00\xd8" + immediate(0, s["ldt"].selector) + b"\x0f\x00\xd0"
     )
     for name in selectors:
-        if name != "ss" or not (case.user or mode.long):
+        if not mode.vm86 and (name != "ss" or not (case.user or mode.long)):
             stub += immediate(0, s[name].selector) + bytes([0x8E, modrm[name]])
     size = 8 if mode.long else 4
     if mode.long:
@@ -229,8 +245,10 @@ def _stub(case: Case, image: bytearray) -> bytes:
         stub += b"".join(immediate(n, r[name]) for name, n in order.items() if name != "rsp")
     if mode.long or case.user:
         words = [r["rip"], s["cs"].selector, r["rflags"], r["rsp"], s["ss"].selector]
+        if mode.vm86:
+            words += [s[name].selector for name in ("es", "ds", "fs", "gs")]
         top = STUB_STACK
-        image[top : top + 5 * size] = b"".join(word.to_bytes(size, "little") for word in words)
+        image[top : top + len(words) * size] = b"".join(word.to_bytes(size, "little") for word in words)
     else:
         top = r["rsp"] - 3 * size  # again
     return stub + immediate(4, top) + (b"\x48\xcf" if mode.long else b"\xcf")

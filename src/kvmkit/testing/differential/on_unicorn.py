@@ -43,7 +43,15 @@ def run(case: Case) -> Outcome:
         events.append(vector)
         uc.emu_stop()
 
+    fast: list[int] = []
+
+    def fast_call(uc: Any, _: object) -> None:
+        fast.append(uc.reg_read(ip))
+        uc.emu_stop()
+
     uc.hook_add(unicorn.UC_HOOK_INTR, interrupted)
+    for instruction in (u.UC_X86_INS_SYSCALL, u.UC_X86_INS_SYSENTER):
+        uc.hook_add(unicorn.UC_HOOK_INSN, fast_call, None, 1, 0, instruction)
     uc.hook_add(
         unicorn.UC_HOOK_INSN,
         lambda uc, port, size, _: 0x5A5A5A5A & (1 << 8 * size) - 1,
@@ -82,6 +90,8 @@ def run(case: Case) -> Outcome:
             end = f"unsupported: {error}"
     if events:
         end = f"vector {events[0]}"
+    if fast:
+        end = "unsupported: SYSCALL and SYSENTER, which Unicorn leaves to its user"
     values = {name: uc.reg_read(register) for name, register in registers.items()}
     values |= {"rip": uc.reg_read(ip), "rflags": uc.reg_read(flags)}
     values |= {name: uc.reg_read(register) for name, register in _SELECTORS.items()}
@@ -136,7 +146,7 @@ def _prepare(uc: Any, case: Case) -> int:
         uc.reg_write(register, (s.selector, s.base, s.limit, (s.flags & 0xFF) << 8 | (s.flags >> 12) << 20))
     stub = b""
     for name, modrm in (("ds", 0xD8), ("es", 0xC0), ("fs", 0xE0), ("gs", 0xE8), ("ss", 0xD0)):
-        if name == "ss" and case.user:
+        if mode.vm86 or (name == "ss" and case.user):
             continue  # the IRET loads it
         stub += b"\xb8" + case.segments[name].selector.to_bytes(4, "little") + bytes([0x8E, modrm])
     stub += b"\x90"
@@ -151,6 +161,8 @@ def _frame(uc: Any, case: Case) -> None:
     r, s = case.registers, case.segments
     if case.mode.long or case.user:
         words = [r["rip"], s["cs"].selector, r["rflags"], r["rsp"], s["ss"].selector]
+        if case.mode.vm86:
+            words += [s[name].selector for name in ("es", "ds", "fs", "gs")]
         top = STUB_STACK
         uc.mem_write(top, b"".join(word.to_bytes(size, "little") for word in words))
     else:
