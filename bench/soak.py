@@ -35,7 +35,7 @@ def on_another(reference: str, seed: int, cases: int, seconds: float) -> int:
     import kvmkit.kvm
     from kvmkit.testing.differential.cases import MODES
     from kvmkit.testing.differential.compare import Comparison
-    from kvmkit.testing.differential.known import KVM, QEMU, UNICORN, kernel_kvm, loads_tr
+    from kvmkit.testing.differential.known import KVM, QEMU, UNICORN, kernel_kvm
     from kvmkit.testing.differential.run import Machine
 
     soft = Machine(kvmkit.kvm.open("soft"))
@@ -47,13 +47,13 @@ def on_another(reference: str, seed: int, cases: int, seconds: float) -> int:
     elif reference == "qemu":
         from kvmkit.testing.differential.on_qemu import Qemu
 
-        comparison = Comparison(soft.run, Qemu().run, QEMU, loads_tr)
+        comparison = Comparison(soft.run, Qemu().run, QEMU)
     else:
         name = kernel_kvm()
         kernel, modes = KVM[name], KVM[name].modes
         print(f"the kernel's KVM: {name}; modes {' '.join(modes)}", flush=True)
         linux = Machine(kvmkit.kvm.open("linux"), kernel.fresh)
-        comparison = Comparison(soft.run, linux.run, kernel.rules, kernel.unfit)
+        comparison = Comparison(soft.run, linux.run, kernel.rules)
     found, start, told = 0, time.monotonic(), time.monotonic()
     for number in range(seed, seed + cases):
         try:

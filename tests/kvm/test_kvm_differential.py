@@ -26,7 +26,7 @@ def test_cases_end_as_on_the_kernels_kvm() -> None:
     with linux, kvmkit.kvm.open("soft") as soft:
         engine, reference = Machine(soft), Machine(linux, kernel.fresh)
         try:
-            comparison = Comparison(engine.run, reference.run, kernel.rules, kernel.unfit)
+            comparison = Comparison(engine.run, reference.run, kernel.rules)
             for seed in range(CASES):
                 difference = comparison.run(seed, kernel.modes)
                 assert difference is None, difference

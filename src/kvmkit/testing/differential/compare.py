@@ -72,11 +72,8 @@ class Comparison:
         engine: Callable[[Case], Outcome],
         reference: Callable[[Case], Outcome],
         rules: tuple[Rule, ...],
-        unfit: Callable[[Case], bool] = lambda case: False,
     ) -> None:
-        """`unfit` says which cases the reference must not run."""
         self.engine, self.reference, self.rules = engine, reference, rules
-        self.unfit = unfit
         self.cases = 0
         self.explained: Counter[str] = Counter()
         """By the name of the rule."""
@@ -85,9 +82,6 @@ class Comparison:
 
     def differences(self, case: Case) -> Differences:
         """What differs and no rule explains."""
-        if self.unfit(case):
-            self.ends["not compared"] += 1
-            return {}
         ours = self.engine(case)
         theirs = self.reference(case) if ours.useful else Outcome("")
         if not (ours.useful and theirs.useful):

@@ -138,10 +138,11 @@ def _segments(case: Case, ours: Outcome, theirs: Outcome, found: Differences) ->
         return False
     at = opcode(ours, case)
     prefixes = case.image()[ours.values["rip"] :][:12].partition(at)[0]
-    used = {"ss", "cs"} | {next((OVERRIDES[byte] for byte in prefixes if byte in OVERRIDES), "ds")}
-    if at[0] in STRINGS:
-        used.add("es")
-    return not at.startswith(SYSTEM) and any(_limited(case, ours, name) for name in used)
+    override = next((OVERRIDES[byte] for byte in prefixes if byte in OVERRIDES), "ds")
+    used = {"ss", "cs", override} | ({"es"} if at[0] in STRINGS else set())
+    # A write by CS is one to code.
+    limited = override == "cs" or any(_limited(case, ours, name) for name in used)
+    return limited and not at.startswith(SYSTEM)
 
 
 def _pushed_rf(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -510,25 +511,18 @@ PVM = (
 )  # fmt: skip
 
 
-def loads_tr(case: Case) -> bool:
-    """Whether it has LTR: QEMU takes a null selector, and then ends itself where a TSS is needed ("invalid tss"), a test bed too."""
-    return any("ltr " in item.source for item in case.items)
-
-
 @dataclass(frozen=True)
 class Kernel:
     """What one of the kernel's KVMs is good for as a reference."""
 
     rules: tuple[Rule, ...]
     modes: tuple[str, ...] = tuple(MODES)
-    unfit: Callable[[Case], bool] = lambda case: False
-    """Which cases it must not run."""
     fresh: bool = False
     """Whether each case needs a new VM: shadowed page tables don't see what the host writes, nested paging does."""
 
 
 KVM = {
-    "kvm_amd": Kernel(AMD, unfit=loads_tr),
+    "kvm_amd": Kernel(AMD),
     "kvm_intel": Kernel(COMMON),
     "kvm_pvm": Kernel(PVM, ("long",), fresh=True),
 }

@@ -56,6 +56,14 @@ class Outcome:
         return self.end in ("halt", "shutdown") or self.end.startswith("vector")
 
 
+def ends_qemu(case: Case) -> bool:
+    """Whether QEMU 7.2 may not outlive it, with a whole test bed.
+
+    Breakpoints that a guest of SVM sets reset the machine; LTR takes a null selector, and QEMU aborts where a TSS is needed then.
+    """
+    return MOV_TO_DR in case.code or any("ltr " in item.source for item in case.items)
+
+
 def segment_of(segment: Segment) -> x86.kvm_segment:
     """As KVM wants it."""
     f = segment.flags
@@ -104,10 +112,8 @@ class Machine:
 
     def run(self, case: Case) -> Outcome:
         """Run it to its end."""
-        if self._on_qemu and MOV_TO_DR in case.code:
-            return Outcome(
-                "unsupported: breakpoints that a guest of SVM sets in QEMU 7.2 reset the whole machine"
-            )
+        if self._on_qemu and ends_qemu(case):
+            return Outcome("unsupported: it would end QEMU")
         vcpu = self._fresh()
         self.map.write(0, case.image())
         self._load(vcpu, case)
