@@ -222,7 +222,9 @@ def test_split_irqchip_and_masked_lint0(kvm: Kvm, needs: Callable[[str], int]) -
         guest.vcpu.interrupt(VECTOR)
         refused(lambda: guest.vcpu.interrupt(VECTOR), errno.EEXIST)
         assert port(guest) == 0x21
-        if (unmasked := port(guest)) == READY:  # the kernel looks for it at its next occasion, such as this one
+        if (
+            unmasked := port(guest)
+        ) == READY:  # the kernel looks for it at its next occasion, such as this one
             guest.vcpu.set_regs(guest.vcpu.get_regs())
             unmasked = port(guest)
         assert unmasked == DELIVERED

@@ -33,6 +33,13 @@ def test_nested_support(parameters: dict[str, dict[str, str]], nested: bool | No
     assert probe.nested_support(parameters) is nested
 
 
+@pytest.fixture
+def on_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that the software engine is for."""
+    monkeypatch.setattr(probe, "_SOFT_MACHINE", True)
+
+
+@pytest.mark.usefixtures("on_x86")
 @pytest.mark.parametrize(
     ("linux", "soft_is_built", "choice", "words"),
     [
@@ -52,6 +59,7 @@ def test_choice(
     assert words in reason
 
 
+@pytest.mark.usefixtures("on_x86")
 def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "examine", lambda engine: EngineReport("linux", error="no /dev/kvm"))
     monkeypatch.setattr(probe, "_soft_is_built", lambda: False)
