@@ -119,12 +119,8 @@ def _limited(case: Case, ours: Outcome, name: str) -> bool:
     limit = (entry & 0xFFFF) | (entry >> 32 & 0xF0000)
     if entry >> 55 & 1:
         limit = limit << 12 | 0xFFF
-    kind = entry >> 40 & 0xF
-    return (
-        limit != (0xFFFFFFFF if case.mode.paging else FLAT_BYTES)
-        or kind & 0xA not in (2, 0xA)
-        or kind & 0xC == 4
-    )
+    wrong_kind = name != "cs" and entry >> 40 & 0xE != 2  # no data that is writable and grows upwards
+    return wrong_kind or limit != (0xFFFFFFFF if case.mode.paging else FLAT_BYTES)
 
 
 def _segments(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -431,6 +427,20 @@ def _reserved_bit_of_a_page(case: Case, ours: Outcome, theirs: Outcome, found: D
     )
 
 
+def _beyond_memory(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return (
+        case.mode.protected
+        and not case.mode.paging
+        and ours.vector in (12, 13)
+        and ours.values["error code"] == 0
+        and not opcode(ours, case).startswith(SYSTEM)
+    )
+
+
+def _in_a_new_task(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return ours.end == "shutdown" and theirs.vector == 10 and any(item.kind == "far" for item in case.items)
+
+
 def _fast_outside_64_bits(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     return case.mode.bits != 64 and ours.vector == 6 and opcode(ours, case)[:2] in (b"\x0f\x05", b"\x0f\x07")
 
@@ -476,6 +486,8 @@ TCG = (
     )),
     Rule("reads first", "what is read and written is a write to the processor, whose page fault says so; QEMU reads first", _read_first, "error code|cr2"),
     Rule("a page's reserved bits", "P of the error code is 1 with RSVD (SDM 3, 4.7); 0 in QEMU, as is W where it reads", _reserved_bit_of_a_page, "error code"),
+    Rule("limits without paging", "the case's flat segments end with its memory, QEMU's memory goes on", _beyond_memory),
+    Rule("#TS of a new task", "is pushed to a stack whose segment isn't loaded yet, which faults again; QEMU pushes it", _in_a_new_task),
     Rule("STI and TF", "STI holds back interrupts, not traps (SDM 3, 6.8.3); in QEMU traps, too", _trap_of_sti),
     Rule("error codes of IDT gates", "they hold 8 times the vector (SDM 3, 6.13), which QEMU has times 16 in long mode", _gate_error_code),
     Rule("D of SYSENTER's CS", "0 in IA-32e mode (SDM 2, SYSENTER); QEMU sets L and D", _sysenter_code, "cs.flags"),

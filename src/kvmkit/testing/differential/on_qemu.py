@@ -191,6 +191,8 @@ def _registers(text: str) -> dict[str, int]:
         values["tr.flags"] |= 2  # LTR sets it in memory, and QEMU not in the register
     for name, base, limit in re.findall(r"\b([GI]DT)= +([0-9a-f]+) ([0-9a-f]+)", text):
         values |= {name.lower(): int(base, 16), f"{name.lower()}.limit": int(limit, 16)}
+    if values["efer"] & EFER_LMA and "RIP=" not in text:  # a 32-bit view of the registers
+        values = {name: value for name, value in values.items() if name not in GPRS}
     return values
 
 

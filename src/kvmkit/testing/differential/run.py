@@ -202,7 +202,7 @@ def interpret(outcome: Outcome) -> None:
     outcome.end = f"vector {vector}"
     long = bool(v["efer"] & 1 << 10)
     size = 8 if long else 4 if v["cr0"] & 1 and v["cs"] & 3 == 0 else 2
-    sp = (v["rsp"] if v.get("ss.flags", 0x4000) & 0x4000 or long else v["rsp"] & 0xFFFF) + (
+    sp = (v.get("rsp", 0) if v.get("ss.flags", 0x4000) & 0x4000 or long else v["rsp"] & 0xFFFF) + (
         0 if long else v.get("ss.base", 0)
     )
     error = size if v["cr0"] & 1 and vector in ERROR_CODES else 0
