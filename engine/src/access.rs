@@ -9,12 +9,13 @@ use crate::dirty;
 use crate::guest::{self, Gone};
 use crate::mem::{LOG_DIRTY, READONLY, Slot};
 use crate::mmu::{self, Intent};
+use crate::smm;
 
 /// Device accesses are split as KVM splits them.
 const FRAGMENT_BYTES: usize = 8;
 
 /// Parts of `[la, la + len)` that lie in one page each: (offset, length).
-fn parts(la: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+pub fn parts(la: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let here = la.wrapping_add(at as u64);
@@ -94,9 +95,7 @@ pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
     if vcpu.is_lapic(gpa) {
         return vcpu.lapic_read(gpa, to);
     }
-    if let Some(p) = vcpu.slots.hva(gpa, to.len() as u64) {
-        // SAFETY: inside a slot.
-        unsafe { copy_from_guest(vcpu, p, to)? };
+    if read_memory(vcpu, gpa, to)? {
         return Ok(());
     }
     for (n, part) in to.chunks_mut(FRAGMENT_BYTES).enumerate() {
@@ -115,6 +114,24 @@ pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
         }
     }
     Ok(())
+}
+
+/// Read from memory, within one page, whatever else is there. False if there is none.
+pub fn read_memory(vcpu: &Vcpu, gpa: u64, to: &mut [u8]) -> Res<bool> {
+    let Some(p) = vcpu.slots.hva(gpa, to.len() as u64) else { return Ok(false) };
+    // SAFETY: inside a slot.
+    unsafe { copy_from_guest(vcpu, p, to)? };
+    Ok(true)
+}
+
+/// Write to memory, within one page, whatever else is there. False if there is none that can be written.
+pub fn write_memory(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<bool> {
+    let Some(slot) = vcpu.slots.find(gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(false) };
+    let Some(p) = vcpu.slots.hva(gpa, from.len() as u64) else { return Ok(false) };
+    // SAFETY: inside a slot.
+    unsafe { copy_to_guest(vcpu, from, p)? };
+    written(vcpu, &slot, gpa, from.len() as u64);
+    Ok(true)
 }
 
 /// Fail as a write of `len` bytes at `la` would fail, without writing.
@@ -181,20 +198,13 @@ pub fn write_physical(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<()> {
     if vcpu.is_lapic(gpa) {
         return vcpu.lapic_write(gpa, from);
     }
-    let slot = vcpu.slots.find(gpa).filter(|s| s.flags & READONLY == 0).copied();
-    match slot.and_then(|s| Some((s, vcpu.slots.hva(gpa, from.len() as u64)?))) {
-        Some((slot, p)) => {
-            // SAFETY: inside a slot.
-            unsafe { copy_to_guest(vcpu, from, p)? };
-            written(vcpu, &slot, gpa, from.len() as u64);
-        }
-        None => {
-            for (n, part) in from.chunks(FRAGMENT_BYTES).enumerate() {
-                let at = gpa + (n * FRAGMENT_BYTES) as u64;
-                if !vcpu.vm.ioeventfd_mmio(at, part) {
-                    vcpu.io.writes.push_back((at, part.to_vec()));
-                }
-            }
+    if write_memory(vcpu, gpa, from)? {
+        return Ok(());
+    }
+    for (n, part) in from.chunks(FRAGMENT_BYTES).enumerate() {
+        let at = gpa + (n * FRAGMENT_BYTES) as u64;
+        if !vcpu.vm.ioeventfd_mmio(at, part) {
+            vcpu.io.writes.push_back((at, part.to_vec()));
         }
     }
     Ok(())
@@ -205,7 +215,9 @@ pub fn written(vcpu: &mut Vcpu, slot: &Slot, gpa: u64, len: u64) {
     if slot.flags & LOG_DIRTY != 0 {
         dirty::mark(vcpu, slot, gpa);
     }
-    if vcpu.vm.code.has(gpa) {
+    if vcpu.smm {
+        smm::written(vcpu, slot, gpa, len);
+    } else if vcpu.vm.code.has(gpa) {
         let vm = vcpu.vm.clone();
         vm.note_write(Some(&vcpu.shared), gpa, len);
         vcpu.refresh();

@@ -130,6 +130,10 @@ fn is_x87_store(i: &Instruction) -> bool {
 
 /// Is all of `[la, la + size)` memory whose writing concerns nobody else (no code, no device)?
 fn is_plain_memory(v: &mut Vcpu, la: u64, size: usize, mode: usize) -> Res<bool> {
+    // There, a page with code is not known by its address.
+    if v.smm {
+        return Ok(false);
+    }
     for end in [la, la.wrapping_add(size as u64 - 1)] {
         let gpa = mmu::walk(v, end, mmu::Intent::Write, mode)?.gpa;
         if v.vm.code.has(gpa) || v.is_lapic(gpa) || v.slots.find(gpa).is_none() {

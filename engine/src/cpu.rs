@@ -430,6 +430,8 @@ pub enum Exit {
     /// A level-triggered vector ended; the IOAPIC is told.
     IoapicEoi(u8),
     TprAccess(TprAccess),
+    /// KVM_RUN fails with EIO, now and for ever.
+    VmDead,
     /// The PIC's INTR line is up and the vCPU accepts: the vector comes back by KVM_INTERRUPT.
     Extint,
     Debug {
@@ -602,6 +604,16 @@ pub struct Vcpu {
     pub injected: Option<Exception>,
     pub debug: crate::debug::Debug,
     pub nmi_masked: bool,
+    /// In system management mode; see `smm`.
+    pub smm: bool,
+    pub smi_pending: bool,
+    /// The SMI came while NMIs were masked: RSM leaves them so.
+    pub smm_inside_nmi: bool,
+    /// An INIT waits for RSM.
+    pub init_latched: bool,
+    pub smbase: u64,
+    /// MSR_SMI_COUNT.
+    pub smi_count: u64,
     /// Mode of the block being executed.
     pub block_mode: crate::translate::Mode,
     /// Generation of the code cache that this vCPU last saw.
@@ -677,6 +689,12 @@ impl Vcpu {
             injected: None,
             debug: Default::default(),
             nmi_masked: false,
+            smm: false,
+            smi_pending: false,
+            smm_inside_nmi: false,
+            init_latched: false,
+            smbase: crate::smm::DEFAULT_BASE,
+            smi_count: 0,
             block_mode: Default::default(),
             generation: 0,
             exit: None,
@@ -752,6 +770,7 @@ impl Vcpu {
         let m = &mut c.msr;
         (m.kvm_system_time, m.kvm_async_pf, m.kvm_steal_time, m.kvm_pv_eoi) = (0, 0, 0, 0);
         (self.halted, self.nmi_masked, self.nmi_pending, self.user_irq) = (false, false, false, None);
+        (self.smi_pending, self.smi_count) = (false, 0);
         self.io = IoState::default();
         self.injected = None;
         self.debug.reset();
@@ -771,7 +790,7 @@ impl Vcpu {
 
     /// After a safepoint: take up what may have changed.
     pub fn refresh(&mut self) {
-        let slots = self.vm.slots.read().unwrap().clone();
+        let slots = self.vm.space(self.smm).read().unwrap().clone();
         if !Arc::ptr_eq(&slots, &self.slots) {
             // The TLBs were emptied with the change; the fetch cache is this thread's own.
             self.slots = slots;

@@ -181,7 +181,7 @@ pub(crate) fn update_rf(cpu: &mut Cpu, i: &Instruction, done: &Done) {
     let paused = i.is_string_instruction() && cpu.rip == i.ip() && !matches!(done, Done::Next);
     if paused {
         cpu.sysflags |= rflags::RF;
-    } else if !matches!(i.mnemonic(), Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq) {
+    } else if !matches!(i.mnemonic(), Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq | Mnemonic::Rsm) {
         cpu.sysflags &= !rflags::RF;
     }
 }

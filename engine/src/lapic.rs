@@ -323,6 +323,7 @@ fn accept(s: &mut State, v: &VcpuShared, m: &Message) -> u32 {
             request::INTERRUPT
         }
         delivery::NMI => request::NMI,
+        delivery::SMI => request::SMI,
         delivery::INIT => request::INIT,
         delivery::SIPI => {
             s.sipi_vector = m.vector;

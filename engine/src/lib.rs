@@ -40,6 +40,7 @@ mod x86 {
     pub mod safepoint;
     pub mod segment;
     pub mod signal;
+    pub mod smm;
     pub mod spin;
     pub mod state;
     pub mod stats;

@@ -312,7 +312,7 @@ pub fn fill(vcpu: &mut Vcpu, la: u64, write: bool, mode: usize) -> Res<Option<Tl
         return Ok(None);
     }
     let unlogged = slot.flags & LOG_DIRTY == 0 || vcpu.vm.dirty.has(slot, page.gpa);
-    let direct = slot.flags & READONLY == 0 && unlogged && !vcpu.vm.code.has(page.gpa);
+    let direct = slot.flags & READONLY == 0 && unlogged && !vcpu.vm.code.has(page.gpa) && !vcpu.smm;
     if write && !direct {
         return Ok(None);
     }

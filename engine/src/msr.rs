@@ -11,10 +11,12 @@ use std::sync::atomic::AtomicU32;
 pub const LIST: &[u32] = &[
     0x10,
     0x1b,
+    0x34,
     0x3a,
     0x3b,
     0x48,
     0x8b,
+    0x9e,
     0xfe,
     0x174,
     0x175,
@@ -94,8 +96,11 @@ pub fn read(v: &mut Vcpu, index: u32, host: bool) -> Result<u64, Refused> {
         0x1b => m.apic_base,
         0x3a => 1, // IA32_FEATURE_CONTROL: locked, nothing enabled
         0x3b => m.tsc_adjust,
+        0x34 => v.smi_count,
         0x48 => m.spec_ctrl,
         0x8b => m.microcode,
+        0x9e if host => v.smbase,
+        0x9e => return Err(Invalid),
         0xce => 0,     // MSR_PLATFORM_INFO
         0xfe => 0x508, // 8 variable ranges, fixed ranges, write combining
         0x10a => arch_capabilities(),
@@ -155,6 +160,10 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Result<(), Ref
             v.cpu.msr.tsc_adjust = value;
             sys::tsc_changed(v);
         }
+        0x34 => {
+            valid(host)?;
+            v.smi_count = value;
+        }
         0x48 => {
             valid(value & !7 == 0)?;
             v.cpu.msr.spec_ctrl = value;
@@ -162,6 +171,10 @@ pub fn write(v: &mut Vcpu, index: u32, value: u64, host: bool) -> Result<(), Ref
         0x49 => valid(value & !1 == 0)?, // IA32_PRED_CMD
         0x8b if host => v.cpu.msr.microcode = value,
         0x8b | 0x79 => {}
+        0x9e => {
+            valid(host)?;
+            v.smbase = value;
+        }
         0xda0 => valid(value == 0)?,
         // Read-only; user space may give back what it read.
         0x17 | 0x3a | 0xce | 0xfe | 0x10a => valid(host)?,

@@ -6,6 +6,7 @@
 
 use crate::access;
 use crate::cpu::Vcpu;
+use crate::smm;
 use crate::sys;
 
 const TSC_STABLE: u8 = 1;
@@ -46,6 +47,10 @@ pub fn clock_ns(clock: libc::clockid_t) -> u64 {
 
 /// Write the vCPU's `pvclock_vcpu_time_info` if it has registered one.
 pub fn update(v: &mut Vcpu) {
+    smm::outside(v, write_time_info);
+}
+
+fn write_time_info(v: &mut Vcpu) {
     let msr = v.cpu.msr.kvm_system_time;
     if msr & 1 == 0 {
         return;
@@ -76,6 +81,10 @@ pub fn update(v: &mut Vcpu) {
 
 /// Write `pvclock_wall_clock` at `gpa`, if that isn't 0: the time of day when the VM's clock was zero.
 pub fn write_wall_clock(v: &mut Vcpu, gpa: u64) {
+    smm::outside(v, |v| write_time_of_day(v, gpa));
+}
+
+fn write_time_of_day(v: &mut Vcpu, gpa: u64) {
     if gpa == 0 {
         return;
     }

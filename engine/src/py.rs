@@ -44,6 +44,7 @@ mod kvm_run {
     pub const EXIT_REASON: usize = 8;
     pub const READY_FOR_INJECTION: usize = 12;
     pub const IF_FLAG: usize = 13;
+    pub const FLAGS: usize = 14;
     pub const CR8: usize = 16;
     pub const APIC_BASE: usize = 24;
     pub const UNION: usize = 32;
@@ -141,7 +142,9 @@ impl Vm {
         // The TLBs hold whole pages.
         valid((gpa | size | hva) & 0xfff == 0 && gpa.checked_add(size).is_some() && hva.checked_add(size).is_some())?;
         py.detach(|| {
-            let mut slots: Vec<Slot> = vm.slots.read().unwrap().as_slice().to_vec();
+            // KVM_CAP_MULTI_ADDRESS_SPACE: the upper half says which.
+            let smm = id >> 16 != 0;
+            let mut slots: Vec<Slot> = vm.space(smm).read().unwrap().as_slice().to_vec();
             slots.retain(|s| s.id != id);
             // A move takes the TLBs along, after which every write is the first again; rings are told of it as such.
             let anew = vm.dirty_ring_bytes.load(Ordering::Relaxed) != 0;
@@ -149,7 +152,7 @@ impl Vm {
             if size != 0 {
                 slots.push(Slot { id, flags, gpa, size, hva });
             }
-            vm.set_slots(Slots::new(slots));
+            vm.set_space(smm, Slots::new(slots));
         });
         Ok(())
     }
@@ -386,9 +389,13 @@ impl Vcpu {
         let interrupted = || held.is_some_and(Held::interrupted);
         let mut guard = self.cpu.lock().unwrap();
         let v: &mut CpuState = &mut guard;
+        if v.vm.is_dead() {
+            return Err(os_error(libc::EIO));
+        }
         self.complete(v);
         if self.byte(kvm_run::IMMEDIATE_EXIT).load(Ordering::SeqCst) != 0 || interrupted() {
             run::complete(v);
+            self.write_flags(v);
             self.write(kvm_run::EXIT_REASON, &reason::INTR.to_le_bytes());
             return Ok(Some((reason::INTR, None)));
         }
@@ -412,6 +419,9 @@ impl Vcpu {
                 exit => break exit,
             }
         };
+        if exit == Exit::VmDead {
+            return Err(os_error(libc::EIO));
+        }
         let reason = self.publish(v, &exit);
         let message = if let Exit::InternalError(m) = exit { Some(m) } else { None };
         Ok(Some((reason, message)))
@@ -460,6 +470,11 @@ impl Vcpu {
         unsafe { std::ptr::copy_nonoverlapping((self.run as usize + offset) as *const u8, b.as_mut_ptr(), b.len()) };
     }
 
+    /// KVM_RUN_X86_SMM.
+    fn write_flags(&self, v: &CpuState) {
+        self.write(kvm_run::FLAGS, &(v.smm as u16).to_le_bytes());
+    }
+
     /// Take up what user space answered to the last exit.
     fn complete(&self, v: &mut CpuState) {
         if let Some((address, len, source)) = v.io.waiting.take() {
@@ -505,6 +520,7 @@ impl Vcpu {
                 self.write(U + 8, &(access.write as u32).to_le_bytes());
                 reason::TPR_ACCESS
             }
+            Exit::VmDead => unreachable!("KVM_RUN fails"),
             Exit::DirtyRingFull => reason::DIRTY_RING_FULL,
             Exit::MemoryFault { gpa } => {
                 // No flags: the page is shared memory.
@@ -540,6 +556,7 @@ impl Vcpu {
         let ready = v.cpu.iflag != 0 && v.cpu.shadow == 0 && v.user_irq.is_none() && lint0;
         self.write(kvm_run::READY_FOR_INJECTION, &[ready as u8]);
         self.write(kvm_run::IF_FLAG, &[v.cpu.iflag]);
+        self.write_flags(v);
         self.write(kvm_run::CR8, &v.cr8().to_le_bytes());
         self.write(kvm_run::APIC_BASE, &v.cpu.msr.apic_base.to_le_bytes());
         reason
@@ -681,7 +698,10 @@ impl Vcpu {
         })
     }
     fn set_mp_state(&self, py: Python<'_>, value: u32) -> PyResult<()> {
-        self.with(py, |v| {
+        valid(self.with(py, |v| {
+            if (v.smm || v.smi_pending) && matches!(value, mp_state::INIT_RECEIVED | mp_state::SIPI_RECEIVED) {
+                return false;
+            }
             v.halted = value == mp_state::HALTED;
             v.mp_state = match value {
                 mp_state::HALTED => mp_state::RUNNABLE,
@@ -692,7 +712,8 @@ impl Vcpu {
                 other => other,
             };
             v.cpu.look_again();
-        })
+            true
+        })?)
     }
     fn get_vcpu_events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let b = self.with(py, |v| {
@@ -774,6 +795,11 @@ impl Vcpu {
     fn nmi(&self) -> PyResult<()> {
         check_pid(self.pid)?;
         self.shared.request(request::NMI);
+        Ok(())
+    }
+    fn smi(&self) -> PyResult<()> {
+        check_pid(self.pid)?;
+        self.shared.request(request::SMI);
         Ok(())
     }
     /// KVM_TRANSLATE of a read by the supervisor: the gpa, or None.

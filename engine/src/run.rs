@@ -4,7 +4,7 @@ use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
 use crate::helpers::{find_entry, pack_flags, unpack_flags};
 use crate::stats::vcpu as counter;
 use crate::vm::request;
-use crate::{access, debug, exception, interp, pvclock, signal, thunks, vapic};
+use crate::{access, debug, exception, interp, pvclock, signal, smm, thunks, vapic};
 use std::sync::atomic::Ordering;
 
 /// Why translated code returned from `thunks::enter`.
@@ -27,7 +27,7 @@ pub mod leave {
 const INTERPRET_BATCH: u32 = 1000;
 
 pub fn translatable(v: &Vcpu) -> bool {
-    v.cpu.long64() && !debug::armed(v) && !v.interpret_only && !access::checks_alignment(&v.cpu)
+    v.cpu.long64() && !v.smm && !debug::armed(v) && !v.interpret_only && !access::checks_alignment(&v.cpu)
 }
 
 /// Run the vCPU until something leaves for user space.
@@ -64,7 +64,7 @@ fn count_exit(v: &Vcpu, exit: &Exit) {
         // The kernel has no counter for them either.
         Exit::Msr { .. } => return,
         Exit::DirtyRingFull => counter::RING_FULL_EXITS,
-        Exit::MemoryFault { .. } | Exit::TprAccess(_) => return,
+        Exit::MemoryFault { .. } | Exit::TprAccess(_) | Exit::VmDead => return,
         Exit::Intr | Exit::Signals | Exit::Extint => counter::SIGNAL_EXITS,
     });
 }
@@ -126,6 +126,9 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
         v.cpu.look_again();
         Some(exit)
     };
+    if v.vm.is_dead() {
+        return Some(Exit::VmDead);
+    }
     if requests & request::EXIT != 0 {
         return leave(request::EXIT, Exit::Intr);
     }
@@ -143,9 +146,9 @@ fn handle(v: &mut Vcpu, requests: u32) -> Option<Exit> {
     None
 }
 
-/// NMI, INIT and SIPI become state, so that reading the state does not miss them.
+/// NMI, SMI, INIT and SIPI become state, so that reading the state does not miss them.
 pub fn accept_events(v: &mut Vcpu) {
-    let events = request::NMI | request::INIT | request::SIPI;
+    let events = request::NMI | request::SMI | request::INIT | request::SIPI;
     let requests = v.shared.bell.take_some(events);
     accept(v, requests);
     v.cpu.look_again();
@@ -154,6 +157,14 @@ pub fn accept_events(v: &mut Vcpu) {
 fn accept(v: &mut Vcpu, requests: u32) {
     if requests & request::NMI != 0 {
         v.nmi_pending = true;
+    }
+    if requests & request::SMI != 0 {
+        v.smi_pending = true;
+    }
+    if v.smm {
+        // INIT waits, SIPI gets lost.
+        v.init_latched |= requests & request::INIT != 0;
+        return;
     }
     if requests & request::INIT != 0 {
         v.init();
@@ -189,6 +200,13 @@ fn inject(v: &mut Vcpu) -> Option<Exit> {
         && let Err(Stop::Exit(exit)) = exception::deliver(v, e)
     {
         return Some(exit);
+    }
+    if v.smi_pending && !v.smm && v.debug.control & debug::guestdbg::BLOCKIRQ == 0 {
+        v.smi_pending = false;
+        v.smi_count += 1;
+        if let Err(exit) = smm::enter(v) {
+            return Some(exit);
+        }
     }
     if v.cpu.shadow != 0 || v.debug.control & debug::guestdbg::BLOCKIRQ != 0 {
         // Not before the next instruction.

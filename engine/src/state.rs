@@ -1,9 +1,10 @@
 //! A vCPU's state in the layouts of the kernel's UAPI (`struct kvm_regs` and so on, arch/x86/include/uapi/asm/kvm.h),
 //! as bytes.
 
-use crate::cpu::{CS, Cpu, DS, ES, Exception, FS, GS, SS, Seg, Table, Vcpu, cr0, cr4, efer, shadow};
+use crate::cpu::{CS, Cpu, DS, ES, Exception, FS, GS, SS, Seg, Table, Vcpu, cr0, cr4, efer, mp_state, shadow};
 use crate::debug;
 use crate::mmu;
+use crate::smm;
 use crate::vm::request;
 use crate::xstate;
 
@@ -194,8 +195,11 @@ pub fn get_events(v: &mut Vcpu) -> [u8; EVENTS_BYTES] {
     b[11] = v.cpu.shadow;
     b[13] = v.nmi_pending as u8;
     b[14] = v.nmi_masked as u8;
-    // KVM_VCPUEVENT_VALID_NMI_PENDING | _SHADOW
-    b[20] = 1 | 4;
+    // KVM_VCPUEVENT_VALID_NMI_PENDING | _SHADOW | _SMM
+    b[20] = 1 | 4 | 8;
+    for (n, x) in [v.smm, v.smi_pending, v.smm_inside_nmi, v.init_latched].into_iter().enumerate() {
+        b[24 + n] = x.into();
+    }
     b
 }
 
@@ -204,6 +208,14 @@ pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) -> bool {
     let vector = b[1];
     let exception = b[0] != 0 || b[3] != 0;
     if exception && (vector > 31 || vector == 2) {
+        return false;
+    }
+    // KVM_VCPUEVENT_VALID_SMM
+    let smi = (b[20] & 8 != 0).then(|| [b[24], b[25], b[26], b[27]].map(|x| x != 0));
+    if let Some([smm, pending, ..]) = smi
+        && (smm || pending)
+        && v.mp_state == mp_state::INIT_RECEIVED
+    {
         return false;
     }
     v.injected = exception.then(|| Exception {
@@ -228,8 +240,31 @@ pub fn set_events(v: &mut Vcpu, b: &[u8; EVENTS_BYTES]) -> bool {
     {
         lapic.state.lock().unwrap().sipi_vector = b[16];
     }
+    if let Some(smi) = smi {
+        set_smm(v, smi);
+    }
     v.shared.request(request::INTERRUPT);
     true
+}
+
+fn set_smm(v: &mut Vcpu, [smm, pending, inside_nmi, latched_init]: [bool; 4]) {
+    // Not by leaving the mode: the new state says what waits.
+    v.init_latched = false;
+    if smm != v.smm {
+        smm::switch(v, smm);
+        if v.cpu.paging() && v.cpu.cr4 & cr4::PAE != 0 && v.cpu.efer & efer::LMA == 0 {
+            // They were read from memory that isn't there in this mode.
+            mmu::load_pdptrs(v, v.cpu.cr3);
+        }
+    }
+    v.smi_pending = pending;
+    v.smm_inside_nmi = smm && inside_nmi;
+    if latched_init && v.shared.lapic.is_some() {
+        v.init_latched = smm;
+        if !smm {
+            v.shared.request(request::INIT);
+        }
+    }
 }
 
 /// `kvm_debugregs`.

@@ -171,6 +171,10 @@ pub fn invpcid(v: &mut Vcpu, kind: u64, [pcid, la]: [u64; 2]) -> Res<()> {
     Ok(())
 }
 
+pub fn offers_long_mode(v: &Vcpu) -> bool {
+    cpuid_has(v, 0x8000_0001, 0, |e| e.edx, 29)
+}
+
 pub fn offers_invpcid(v: &Vcpu) -> bool {
     cpuid_has(v, 7, 0, |e| e.ebx, 10)
 }
@@ -223,15 +227,18 @@ pub fn read_dr(v: &mut Vcpu, n: usize) -> Res<u64> {
 pub fn write_dr(v: &mut Vcpu, n: usize, value: u64) -> Res<()> {
     check_dr(v, n)?;
     let n = debug_index(v, n);
-    if n >= 6 && value >> 32 != 0 {
-        return Err(Exception::gp(0).into());
-    }
-    v.cpu.dr[n] = match n {
+    load_dr(&mut v.cpu, n, value).ok_or(Exception::gp(0).into())
+}
+
+/// Load DR0 to DR3, DR6 or DR7; `None` if reserved bits are set.
+pub fn load_dr(cpu: &mut Cpu, n: usize, value: u64) -> Option<()> {
+    (n < 6 || value >> 32 == 0).then_some(())?;
+    cpu.dr[n] = match n {
         6 => value & 0x1_e00f | 0xffff_0ff0,
         7 => value & 0xffff_2bff | 0x400,
         _ => value,
     };
-    Ok(())
+    Some(())
 }
 
 fn debug_index(_: &Vcpu, n: usize) -> usize {

@@ -7,12 +7,14 @@
 use crate::access;
 use crate::cpu::Vcpu;
 use crate::mem::READONLY;
+use crate::smm;
 
 const BYTES: usize = 4;
 
 /// Have the word at `gpa`, or none if that is 0. False without a local APIC, or without memory there that can be written.
 pub fn set(v: &mut Vcpu, gpa: u64) -> bool {
-    let there = |at: u64| v.slots.find(at).is_some_and(|s| s.flags & READONLY == 0);
+    let slots = v.vm.space(false).read().unwrap().clone();
+    let there = |at: u64| slots.find(at).is_some_and(|s| s.flags & READONLY == 0);
     let valid = gpa == 0 || gpa.checked_add(BYTES as u64 - 1).is_some_and(|last| there(gpa) && there(last));
     if v.shared.lapic.is_none() || !valid {
         return false;
@@ -33,9 +35,7 @@ pub fn show(v: &mut Vcpu) {
     let (first, second) = word.split_at(in_first_page(v.vapic));
     for (part, at) in [(first, v.vapic), (second, v.vapic + first.len() as u64)] {
         // Memory that has gone, as by a change of the slots, shows nothing.
-        if v.slots.find(at).is_some_and(|s| s.flags & READONLY == 0) {
-            let _ = access::write_physical(v, at, part);
-        }
+        let _ = smm::outside(v, |v| access::write_memory(v, at, part));
     }
 }
 
@@ -43,7 +43,7 @@ pub fn show(v: &mut Vcpu) {
 pub fn take(v: &mut Vcpu) {
     let mut tpr = [0];
     let at = v.vapic;
-    if at == 0 || v.slots.find(at).is_none() || access::read_physical(v, at, &mut tpr).is_err() {
+    if at == 0 || smm::outside(v, |v| access::read_memory(v, at, &mut tpr)) != Ok(true) {
         return;
     }
     let changed = v.shared.lapic.as_ref().is_some_and(|l| l.state.lock().unwrap().set_tpr(tpr[0]));

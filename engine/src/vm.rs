@@ -53,6 +53,7 @@ pub mod request {
     pub const SIGNALS: u32 = 128;
     /// Leave KVM_RUN while the dirty ring has too little room.
     pub const RING_FULL: u32 = 256;
+    pub const SMI: u32 = 512;
 }
 
 impl VcpuShared {
@@ -107,6 +108,8 @@ impl Stoppable for VcpuShared {
 
 pub struct Vm {
     pub slots: RwLock<Arc<Slots>>,
+    /// What there is for a vCPU in system management mode instead.
+    smm_slots: RwLock<Arc<Slots>>,
     pub vcpus: RwLock<Vec<Arc<VcpuShared>>>,
     /// The guest's TSC frequency, that of the host.
     pub tsc_khz: u32,
@@ -135,6 +138,7 @@ pub struct Vm {
     /// Instructions that raised #UD because nothing here runs them, by name.
     pub unsupported: Mutex<HashMap<iced_x86::Mnemonic, u64>>,
     safepoint: Safepoint,
+    dead: AtomicBool,
 }
 
 impl Vm {
@@ -142,6 +146,7 @@ impl Vm {
         let stats = Arc::new(stats::Set::new(stats::vm::ALL, &format!("kvm-{}", std::process::id()))?);
         Ok(Self {
             slots: RwLock::default(),
+            smm_slots: RwLock::default(),
             vcpus: RwLock::default(),
             tsc_khz,
             clock_offset_ns: AtomicI64::new(-(crate::pvclock::monotonic_ns() as i64)),
@@ -160,6 +165,7 @@ impl Vm {
             stats,
             unsupported: Mutex::default(),
             safepoint: Safepoint::default(),
+            dead: AtomicBool::new(false),
         })
     }
 
@@ -183,10 +189,32 @@ impl Vm {
         })
     }
 
+    /// The memory slots, of system management mode or outside it.
+    pub fn space(&self, smm: bool) -> &RwLock<Arc<Slots>> {
+        if smm { &self.smm_slots } else { &self.slots }
+    }
+
+    /// Something failed that leaves no state to go on from (the kernel's `kvm_vm_dead`): no vCPU runs any more.
+    pub fn die(&self) {
+        self.dead.store(true, Ordering::SeqCst);
+        for v in self.vcpus.read().unwrap().iter() {
+            v.request(request::EXIT);
+        }
+    }
+
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::SeqCst)
+    }
+
     /// Replace the memory slots; every cached translation is dropped.
     pub fn set_slots(&self, slots: Slots) {
+        self.set_space(false, slots);
+    }
+
+    /// `set_slots` of system management mode, or of what is outside it.
+    pub fn set_space(&self, smm: bool, slots: Slots) {
         self.exclusive(None, |stopped| {
-            *self.slots.write().unwrap() = Arc::new(slots);
+            *self.space(smm).write().unwrap() = Arc::new(slots);
             stopped.drop_all_code();
             stopped.each_cpu(crate::mmu::clear);
         });

@@ -247,6 +247,9 @@ class Vcpu:
     def nmi(self) -> None:
         """Queue an NMI. Any thread."""
 
+    def smi(self) -> None:
+        """Queue an SMI. Any thread."""
+
     def translate(self, address: int) -> int | None:
         """The gpa that a supervisor's read of a gva reaches; None if it faults."""
 

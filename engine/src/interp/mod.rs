@@ -21,6 +21,7 @@ use crate::far::{self, peek, push_all, set_rsp, stack_mask};
 use crate::guest::{self, Gone};
 use crate::mmu;
 use crate::segment::{self, Inspect};
+use crate::smm;
 use crate::stats::vcpu as counter;
 use crate::sys;
 use crate::task;
@@ -597,6 +598,7 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
             }
         }
         Ud0 | Ud1 | Ud2 => return Err(Exception::ud().into()),
+        Rsm => return smm::rsm(v),
         Syscall => {
             far::syscall(v, i.next_ip())?;
             return Ok(Done::Jumped);

@@ -256,7 +256,7 @@ fn bulk(v: &mut Vcpu, s: &Shape, counter: Register, moves: bool) -> Res<u64> {
     let to_gpa = page.gpa + (to & 0xfff);
     let Some(slot) = v.slots.find(to_gpa).filter(|s| s.flags & READONLY == 0).copied() else { return Ok(0) };
     let Some(target) = v.slots.hva(to_gpa, whole) else { return Ok(0) };
-    if v.is_lapic(to_gpa) {
+    if v.is_lapic(to_gpa) || v.smm {
         return Ok(0);
     }
     let moved = match from_gpa {

@@ -10,8 +10,10 @@ to know which seed did it runs it in a process of its own (``bench/hostile.py``)
 """
 
 import ctypes
+import errno
 import mmap
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +53,9 @@ KERNEL_BYTES = 4 << 20
 CODE, TABLES, IDT, HANDLERS, STACK, TSS = 0x1000, 0x10000, 0x9000, 0x20000, 0x8000, 0xB000
 PAGE_TABLE, WINDOW = 0x30000, 0x400000
 """A page table of 4 KiB pages that guests of the kind "shootdowns" rewrite, and the linear addresses that it maps."""
+_SMM_SLOT = 1 << 16
+"""Of system management mode's address space."""
+_SMBASE, _MSR_SMBASE = 0x30000, 0x9E
 _GUARD_BYTES = 16 * PAGE
 _CANARY_BYTES = 16 * PAGE
 _MAX_EXITS = 200
@@ -272,6 +277,7 @@ class _Hostile:
             if slot and r.random() < 0.2:
                 flags |= c.KVM_MEM_READONLY
             self.vm.set_user_memory_region(slot, gpa, block.size_bytes, block.address, flags)
+        self.vm.set_user_memory_region(_SMM_SLOT, 0, self.low.size_bytes, self.low.address)
 
     @property
     def low(self) -> GuardedBlock:
@@ -391,6 +397,23 @@ class _Hostile:
             self.refused += 1
 
     # Kinds.
+
+    def make_management(self) -> None:
+        """SMIs, whose handlers change the state that RSM then loads."""
+        r = self.random
+        r.choice((self.make_code, self.make_control, self.make_random))()
+        changes = b""
+        for _ in range(r.choice((0, 1, 1, 2, 3, 8))):
+            offset = r.choice((r.randrange(0xFE00, 0xFEA0), 0xFED0, 0xFF00, r.randrange(0xFF40, 0xFFFD)))
+            value = r.choice((0, r.getrandbits(32), 1 << r.randrange(32), r.choice((CODE, HANDLERS, STACK))))
+            # MOV of a doubleword to an absolute address, in 16-bit code.
+            changes += b"\x66\x67\xc7\x05" + struct.pack("<II", _SMBASE + offset, value)
+        self.write(_SMBASE + 0x8000, changes + r.choice((b"\x0f\xaa", b"\x0f\xaa", r.randbytes(64))))  # RSM
+        for vcpu in self.vcpus:
+            if r.random() < 0.2:
+                smbase = r.choice((r.getrandbits(20), r.getrandbits(64)))
+                self.attempt(partial(vcpu.set_msrs, {_MSR_SMBASE: smbase}))
+            vcpu.smi()
 
     def make_random(self) -> None:
         self.enter()
@@ -550,7 +573,7 @@ class _Hostile:
                 self.attempt(lambda: vcpu.set_msrs({index: value}))
             case 5:
                 events = x.kvm_vcpu_events.from_buffer_copy(r.randbytes(ctypes.sizeof(x.kvm_vcpu_events)))
-                events.flags = r.getrandbits(5) & 7
+                events.flags = r.getrandbits(5) & 15
                 self.attempt(lambda: vcpu.set_vcpu_events(events))
             case 6:
                 debug = x.kvm_debugregs(dr6=r.getrandbits(32), dr7=r.choice((0x400, r.getrandbits(32))))
@@ -589,7 +612,7 @@ class _Hostile:
         """An interrupt or a message, or an NMI of `vcpu`, which doesn't run. Any thread."""
         match r.randrange(5):
             case 0 if vcpu is not None:
-                self.attempt(vcpu.nmi)
+                self.attempt(r.choice((vcpu.nmi, vcpu.smi)))
             case 1 if vcpu is not None:
                 self.attempt(partial(vcpu.interrupt, r.getrandbits(8)))
             case 2:
@@ -820,9 +843,11 @@ class _Hostile:
         r = Random(f"{self.seed} vCPU {vcpu.id}")
         exits = 0
         while not self.done.is_set() and exits < _MAX_EXITS:
-            exit_ = vcpu.run()
+            exit_ = self.next_exit(vcpu)
             vcpu.immediate_exit = False
             exits += 1
+            if exit_ is None:
+                return
             self.check_exit(vcpu, exit_)
             self.answer(vcpu, exit_, r)
 
@@ -830,10 +855,12 @@ class _Hostile:
         exits = 0
         with self.arena.limit(self.vcpu, limit_s) as watchdog:
             while True:
-                exit_ = self.vcpu.run()
+                exit_ = self.next_exit(self.vcpu)
                 if not watchdog.expired:
                     self.vcpu.immediate_exit = False
                 exits += 1
+                if exit_ is None:
+                    return self.outcome("dead", exits)
                 name = type(exit_).__name__
                 if watchdog.expired:
                     return self.outcome("limit", exits)
@@ -845,6 +872,16 @@ class _Hostile:
                 if not isinstance(exit_, Io | Mmio | Intr) and self.random.random() < 0.8:
                     return self.outcome(name, exits, message)
                 self.answer(self.vcpu, exit_, self.random)
+
+    @staticmethod
+    def next_exit(vcpu: Vcpu) -> Exit | None:
+        """None: the VM is dead, as an SMI leaves it that finds no memory for the state-save area."""
+        try:
+            return vcpu.run()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return None
 
     def check_exit(self, vcpu: Vcpu, exit_: Exit) -> str:
         """`StrayAccessError` if `exit_` says that translated code went astray; the message of an `InternalError`."""
@@ -881,6 +918,7 @@ _KINDS: dict[str, Callable[[_Hostile], None]] = {
     "shootdowns": _Hostile.make_shootdowns,
     "storms": _Hostile.make_storms,
     "slots": _Hostile.make_slots,
+    "management": _Hostile.make_management,
     "headers": _Hostile.make_headers,
 }
 KINDS = tuple(_KINDS)

@@ -20,7 +20,7 @@ from kvmkit.kvm.rings import DirtyRing
 from kvmkit.kvm.soft import eventfd
 from kvmkit.kvm.soft.coalesced_mmio import CoalescedMmio
 from kvmkit.kvm.soft.irqchip import MAX_GSIS, IrqChip, SplitIrqChip
-from kvmkit.kvm.soft.memslots import MANUAL_PROTECT, MAX_RING_BYTES, MAX_SLOTS, MemSlots
+from kvmkit.kvm.soft.memslots import ADDRESS_SPACES, MANUAL_PROTECT, MAX_RING_BYTES, MAX_SLOTS, MemSlots
 from kvmkit.kvm.soft.x86 import ioapic
 from kvmkit.kvm.soft.x86.cpuid import get_supported_cpuid
 from kvmkit.uapi import arm64, capabilities, common
@@ -71,6 +71,8 @@ _MAX_TSC_KHZ = (1 << 31) - 1
 _CAPABILITIES = {
     capabilities.KVM_CAP_IRQCHIP: 1,
     capabilities.KVM_CAP_VAPIC: 1,
+    capabilities.KVM_CAP_X86_SMM: 1,
+    capabilities.KVM_CAP_MULTI_ADDRESS_SPACE: ADDRESS_SPACES,
     capabilities.KVM_CAP_HLT: 1,
     capabilities.KVM_CAP_USER_MEMORY: 1,
     capabilities.KVM_CAP_SET_TSS_ADDR: 1,
@@ -239,6 +241,15 @@ class Vm(_Descriptor, contract.Vm):
         self._pid = os.getpid()
         self.irqchip: IrqChip | SplitIrqChip | None = None
         self._tsc_khz = _engine.host_tsc_khz()
+        self.dead = False
+        """A vCPU failed in a way that leaves no state to go on from: every ioctl fails."""
+
+    def _check(self, name: str) -> None:
+        super()._check(name)
+        if self.dead:
+            raise ioctl_error(
+                name, errno.EIO, "the VM is dead: an SMI found no memory for the state-save area"
+            )
 
     def close(self) -> None:
         """Release it with its vCPUs and chips. vCPUs must have left `run`. In a child of os.fork it is the parent's still."""
@@ -578,6 +589,10 @@ class Vcpu(_Descriptor, contract.Vcpu):
             if not self._machine.forked:
                 self._vcpu.close()
 
+    def _check(self, name: str) -> None:
+        super()._check(name)
+        self._machine._check(name)
+
     @property
     def kvm_run(self) -> x.kvm_run:
         """The shared kvm_run, live."""
@@ -600,7 +615,12 @@ class Vcpu(_Descriptor, contract.Vcpu):
         main = threading.get_ident() == threading.main_thread().ident
         chip, coalesced = self._machine.irqchip, self._machine.coalesced
         while True:
-            reason, message = self._vcpu.run(main)
+            try:
+                reason, message = self._vcpu.run(main)
+            except OSError as error:
+                self._machine.dead |= error.errno == errno.EIO
+                self._check("KVM_RUN")
+                raise
             if coalesced.zones and (
                 (reason == c.KVM_EXIT_MMIO and run.exit.mmio.is_write and coalesced.take_mmio(run.exit.mmio))
                 or (
@@ -713,7 +733,8 @@ class Vcpu(_Descriptor, contract.Vcpu):
     def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> int:
         """KVM_PRE_FAULT_MEMORY: the host allocates the pages."""
         self._check("KVM_PRE_FAULT_MEMORY")
-        return self._machine.slots.pre_fault(gpa, size, flags)
+        smm = self.kvm_run.flags & x.KVM_RUN_X86_SMM != 0
+        return self._machine.slots.pre_fault(gpa, size, flags, int(smm))
 
     # State.
 
@@ -930,26 +951,18 @@ class Vcpu(_Descriptor, contract.Vcpu):
         self._check("KVM_SET_MP_STATE")
         if not 0 <= mp_state <= 4 or (mp_state and self._machine.irqchip is None):
             raise ioctl_error("KVM_SET_MP_STATE", errno.EINVAL)
-        self._vcpu.set_mp_state(mp_state)
+        _named("KVM_SET_MP_STATE", self._vcpu.set_mp_state, mp_state)
 
     def get_vcpu_events(self) -> x.kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS."""
         self._check("KVM_GET_VCPU_EVENTS")
-        events = x.kvm_vcpu_events.from_buffer_copy(self._vcpu.get_vcpu_events())
-        events.flags |= x.KVM_VCPUEVENT_VALID_SMM  # there is none, and that is what it says
-        return events
+        return x.kvm_vcpu_events.from_buffer_copy(self._vcpu.get_vcpu_events())
 
     def set_vcpu_events(self, events: x.kvm_vcpu_events | arm64.kvm_vcpu_events) -> None:
         """KVM_SET_VCPU_EVENTS."""
         self._check("KVM_SET_VCPU_EVENTS")
         if events.flags & ~_EVENT_FLAGS:
             raise ioctl_error("KVM_SET_VCPU_EVENTS", errno.EINVAL, f"flags {events.flags:#x}")
-        if (
-            isinstance(events, x.kvm_vcpu_events)
-            and events.flags & x.KVM_VCPUEVENT_VALID_SMM
-            and (events.smi.smm or events.smi.pending or events.smi.smm_inside_nmi)
-        ):
-            raise ioctl_error("KVM_SET_VCPU_EVENTS", errno.EINVAL, "there is no system management mode")
         _named("KVM_SET_VCPU_EVENTS", self._vcpu.set_vcpu_events, bytes(events))
 
     def get_debugregs(self) -> x.kvm_debugregs:
@@ -1013,6 +1026,11 @@ class Vcpu(_Descriptor, contract.Vcpu):
         """KVM_NMI."""
         self._check("KVM_NMI")
         self._vcpu.nmi()
+
+    def smi(self) -> None:
+        """KVM_SMI."""
+        self._check("KVM_SMI")
+        self._vcpu.smi()
 
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ."""

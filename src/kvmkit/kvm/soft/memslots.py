@@ -16,6 +16,9 @@ from kvmkit.uapi import common as c
 from kvmkit.uapi.errors import ioctl_error
 
 MAX_SLOTS = 512
+ADDRESS_SPACES = 2
+"""The second one is system management mode's: slots from ``1 << 16`` (KVM_CAP_MULTI_ADDRESS_SPACE)."""
+_SPACE_SHIFT = 16
 _PAGE = 4096
 _MAX_PHYSICAL = 1 << 46
 _MAX_USER = 1 << 47
@@ -43,7 +46,7 @@ class MemSlots:
 
     def set_region(self, name: str, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         """KVM_SET_USER_MEMORY_REGION; errors bear `name`."""
-        if flags & ~_FLAGS or not 0 <= slot < MAX_SLOTS:
+        if flags & ~_FLAGS or not _exists(slot):
             raise ioctl_error(name, errno.EINVAL, f"flags {flags:#x} or slot {slot} unknown")
         if (gpa | size | hva) & _PAGE - 1:
             raise ioctl_error(name, errno.EINVAL, "addresses and size must be multiples of 4096")
@@ -66,7 +69,8 @@ class MemSlots:
             if (old_size, old_hva) != (size, hva) or (flags ^ old_flags) & c.KVM_MEM_READONLY:
                 raise ioctl_error(name, errno.EINVAL, "a slot may be moved or re-flagged, not resized")
         for other, (other_gpa, other_size, _, _) in self._slots.items():
-            if other != slot and gpa < other_gpa + other_size and other_gpa < gpa + size:
+            same_space = other >> _SPACE_SHIFT == slot >> _SPACE_SHIFT
+            if other != slot and same_space and gpa < other_gpa + other_size and other_gpa < gpa + size:
                 raise ioctl_error(name, errno.EEXIST, f"slot {other} is there")
         self._vm.set_memory_region(slot, flags, gpa, size, hva)
         self._slots[slot] = (gpa, size, hva, flags)
@@ -131,7 +135,7 @@ class MemSlots:
 
     def _logged(self, name: str, slot: int) -> int:
         """Pages of a slot that is logged."""
-        if not 0 <= slot < MAX_SLOTS:
+        if not _exists(slot):
             raise ioctl_error(name, errno.EINVAL, f"slot {slot}")
         if slot not in self._dirty:
             raise ioctl_error(name, errno.ENOENT, f"slot {slot} isn't logged (KVM_MEM_LOG_DIRTY_PAGES)")
@@ -141,15 +145,16 @@ class MemSlots:
         self._dirty[slot] |= int.from_bytes(self._vm.get_dirty_log(slot), "little")
         return self._dirty[slot]
 
-    def pre_fault(self, gpa: int, size: int, flags: int) -> int:
-        """KVM_PRE_FAULT_MEMORY: what is left to do, 0 unless memory ends inside the range."""
+    def pre_fault(self, gpa: int, size: int, flags: int, space: int) -> int:
+        """KVM_PRE_FAULT_MEMORY in an address space: what is left to do, 0 unless memory ends inside the range."""
         name = "KVM_PRE_FAULT_MEMORY"
         if flags or (gpa | size) & _PAGE - 1 or size <= 0 or gpa + size > 1 << 64:
             raise ioctl_error(name, errno.EINVAL, "whole pages, and no flags")
         done = 0
         while done < size:
             with self._lock:
-                found = next((s for s in self._slots.values() if 0 <= gpa + done - s[0] < s[1]), None)
+                slots = [values for slot, values in self._slots.items() if slot >> _SPACE_SHIFT == space]
+            found = next((s for s in slots if 0 <= gpa + done - s[0] < s[1]), None)
             if found is None:
                 if done:
                     break
@@ -161,6 +166,11 @@ class MemSlots:
                 raise ioctl_error(name, ctypes.get_errno())
             done += n
         return size - done
+
+
+def _exists(slot: int) -> bool:
+    """Whether there can be a slot of that number."""
+    return slot & (1 << _SPACE_SHIFT) - 1 < MAX_SLOTS and 0 <= slot >> _SPACE_SHIFT < ADDRESS_SPACES
 
 
 assert mmap.PAGESIZE == _PAGE  # of x86, the only host of this engine
