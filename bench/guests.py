@@ -8,6 +8,7 @@ unpacked, in namespaces of its own and as an ordinary user, as in the guest.
   python   modules of CPython's own test suite: each test must end in the guest as it does natively
   jit      our programs for LuaJIT and node.js (programs/jit.*), with several options: the same checksums as natively
   openssl  digests, ciphers, MACs, KDFs and curves on fixed input: the same output as natively
+  compat   a static i386 busybox at work, in 32-bit compatibility mode: the same output as natively
   crypto   the kernel's self-tests of all its algorithms, on CPUs of several feature levels
   modules  kernel modules loaded and unloaded, and kernel code patched, while other vCPUs run: 2 and 4 vCPUs, --count rounds
   stress   stress-ng --verify and hackbench, --seconds each, with 2 and with 8 vCPUs
@@ -39,7 +40,7 @@ from kvmkit.client import Machine, MachineConfig, Share
 from kvmkit.errors import CommandTimeout
 from kvmkit.images import build
 from kvmkit.images.store import Store
-from kvmkit.machine.debian import Apt
+from kvmkit.machine.debian import Apt, member
 from kvmkit.machine.guest import CLOUD_KERNEL
 
 IMAGE = "bench-guests"
@@ -459,6 +460,30 @@ def openssl(suite: Suite) -> None:
     suite.results = {"results": len(found), "native_s": native.seconds, "guest_s": done.seconds}
 
 
+def compat(suite: Suite) -> None:
+    """Debian's i386 busybox: pipes, hashes, compression, a shell that counts, forks and takes signals."""
+    with tempfile.TemporaryDirectory() as directory, Apt(Path(directory, "apt"), say, "i386") as apt:
+        Path(directory, "apt").mkdir()
+        deb, _, version = apt.download("busybox-static")
+        busybox = member(deb, re.compile(r"(\./)?bin/busybox"))
+    with Guest(suite.image, suite.cpus) as guest:
+        for place in (suite.native, guest):
+            place.write("/tmp/compat.sh", (PROGRAMS / "compat.sh").read_bytes())
+            place.write("/tmp/busybox", busybox)
+        native, done = (
+            place.run(["sh", "/tmp/compat.sh", "/tmp/busybox"]) for place in (suite.native, guest)
+        )
+    if native.status != 0 or (done.status, done.output) != (0, native.output):
+        suite.fail(
+            f"compat: {native.status}, {native.output!r} natively, {done.status}, {done.output!r} in the guest"
+        )
+    count = len(done.output.splitlines())
+    print(
+        f"busybox {version}, i386: {count} lines; {native.seconds:.1f} s native, {done.seconds:.1f} s guest"
+    )
+    suite.results = {"lines": count, "native_s": native.seconds, "guest_s": done.seconds}
+
+
 # --- many vCPUs
 
 
@@ -578,6 +603,7 @@ SUITES: dict[str, Callable[[Suite], None]] = {
     "python": python,
     "jit": jit,
     "openssl": openssl,
+    "compat": compat,
     "crypto": kernel_crypto,
     "modules": modules,
     "stress": stress,

@@ -134,10 +134,6 @@ def no_apt(fake: Path) -> None:
     os.environ["PATH"] = str(fake)
 
 
-def broken_sources(fake: Path) -> None:
-    (fake / "broken").touch()
-
-
 def damaged_package(fake: Path) -> None:
     (fake / "repo" / "linux-image-6.1-cloud-amd64_1.deb").write_bytes(b"!<arch>\nno")
 
@@ -151,7 +147,6 @@ def wrong_package(fake: Path) -> None:
     ("spoil", "message"),
     [
         (no_apt, "no apt-get here"),
-        (broken_sources, "apt-get update failed with status 100: E: the sources are broken"),
         (damaged_package, "linux-image-6.1-cloud-amd64_1.deb"),
         (wrong_package, "linux-image-6.1-cloud-amd64_1.deb holds no"),
     ],
@@ -174,14 +169,19 @@ def test_an_unknown_kernel(fake: Path) -> None:
         guest.fetch_kernel("linux-image-odd")
 
 
-def test_without_a_network(fake: Path) -> None:
-    """apt-get update succeeds all the same; the cause has to be told."""
-    (fake / "offline").touch()
-    with pytest.raises(
-        GuestError, match=r"\(http://deb.invalid stable Could not connect\).*network.*--kernel"
-    ):
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("offline", "http://deb.invalid stable Could not connect"),  # apt-get update succeeds all the same
+        ("broken", "apt-get update failed with status 100: E: the sources are broken"),
+    ],
+)
+def test_a_source_that_fails(fake: Path, failure: str, message: str) -> None:
+    """The cause is told where no other source offers what is wanted."""
+    (fake / failure).touch()
+    with pytest.raises(GuestError, match=rf"\({message}\).*network.*--kernel"):
         guest.fetch_kernel("linux-image-odd")
-    assert guest.fetch_kernel().vmlinux.exists()  # another source offers it
+    assert guest.fetch_kernel().vmlinux.exists()
 
 
 def test_a_cache_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

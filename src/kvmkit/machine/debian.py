@@ -69,8 +69,13 @@ class Apt:
             return
         self._environment = self._set_up()
         self._progress("asking apt's sources for their package lists")
-        said = self._run(["apt-get", "update", "-q"], "apt-get update")
-        # A source that can't be reached is no failure to apt; it is one if what we want was there.
+        # A source that can't be reached is no failure to apt, one whose lists aren't whole (a mirror in the middle of its
+        # update) is: to us, both are failures if what we want was there.
+        try:
+            said = self._run(["apt-get", "update", "-q"], "apt-get update")
+        except GuestError as error:
+            self._failed_fetch = " ".join(str(error).removesuffix(HINT).split())
+            return
         failed = re.search(r"^Err:\d+ (.*(?:\n .*)?)", said, re.MULTILINE)
         self._failed_fetch = " ".join(failed[1].split()).rstrip(":") if failed else ""
 
