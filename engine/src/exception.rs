@@ -293,7 +293,7 @@ fn protected(
 }
 
 /// Write a frame of words of `size` bytes at `la`. It is pushed from its top: a page fault is the first word's that faults so.
-fn push(v: &mut Vcpu, la: u64, frame: &[u8], size: usize, mode: usize) -> Res<()> {
+pub fn push(v: &mut Vcpu, la: u64, frame: &[u8], size: usize, mode: usize) -> Res<()> {
     let written = access::write(v, la, frame, mode);
     if let Err(Stop::Exception(e)) = &written
         && e.vector == PF

@@ -38,7 +38,7 @@ pub fn push_all(v: &mut Vcpu, values: &[u64], size: usize) -> Res<()> {
     let sp = v.cpu.gpr[RSP].wrapping_sub(len as u64) & stack_mask(v);
     let la = linear(&v.cpu, SS, sp, len as u64, true)?;
     let mode = v.cpu.mmu_mode();
-    access::write(v, la, &bytes[..len], mode)?;
+    exception::push(v, la, &bytes[..len], size, mode)?;
     set_rsp(v, sp);
     Ok(())
 }
@@ -228,7 +228,7 @@ fn call_through(v: &mut Vcpu, gate: Gate, next: u64) -> Res<()> {
     let la = if long { is_canonical(new).then_some(new) } else { on_stack(&ss, new, bytes.len() as u64) };
     let la = la.ok_or(Exception::with_error(SS_FAULT, sel))?;
     let mode = if cpl == 3 { mmu_mode::USER } else { mmu_mode::KERNEL };
-    access::write(v, la, &bytes, mode)?;
+    exception::push(v, la, &bytes, gate.size, mode)?;
     let code = set_descriptor_bits(v, gate.sel, gate.code, 1)?;
     v.cpu.segs[SS] = ss;
     v.cpu.gpr[RSP] = if mask == 0xffff { v.cpu.gpr[RSP] & !0xffff | new } else { new };

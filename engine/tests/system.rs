@@ -537,6 +537,21 @@ fn far_transfers() {
 }
 
 #[test]
+fn a_page_fault_of_several_pushes_is_the_first_one_s() {
+    // As a processor shows where each of them would fault.
+    let mut m = long();
+    m.write64(FREE + 0x100, FREE);
+    m.write64(FREE + 0x108, 8);
+    (m.v.cpu.gpr[RAX], m.v.cpu.gpr[RSP]) = (FREE + 0x100, MAPPED + 0x100);
+    let fault = Exception::page_fault(2, MAPPED + 0xf8);
+    assert_eq!(step(&mut m, &[0x48, 0xff, 0x18]), Err(fault.into()), "CALL far");
+    m.v.cpu.gpr[RSP] = MAPPED + 8;
+    let fault = Exception::page_fault(2, MAPPED);
+    assert_eq!(step(&mut m, &[0x48, 0xff, 0x18]), Err(fault.into()), "over two pages");
+    assert_eq!(m.v.cpu.gpr[RSP], MAPPED + 8);
+}
+
+#[test]
 fn iret_checks() {
     let push = |m: &mut Machine, words: [u64; 5]| {
         for (n, w) in words.iter().enumerate() {
