@@ -41,9 +41,9 @@ def on_another(reference: str, seed: int, cases: int, seconds: float) -> int:
     soft = Machine(kvmkit.kvm.open("soft"))
     modes: tuple[str, ...] = tuple(MODES)
     if reference == "unicorn":
-        from kvmkit.testing.differential import on_unicorn
+        from kvmkit.testing.differential.on_unicorn import Unicorn
 
-        comparison = Comparison(soft.run, on_unicorn.run, UNICORN)
+        comparison = Comparison(soft.run, Unicorn().run, UNICORN)
     elif reference == "qemu":
         from kvmkit.testing.differential.on_qemu import Qemu
 

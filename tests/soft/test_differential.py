@@ -29,11 +29,13 @@ def machine() -> Iterator[Machine]:
 
 
 @pytest.fixture(scope="module")
-def unicorn(machine: Machine) -> Comparison:
+def unicorn(machine: Machine) -> Iterator[Comparison]:
     pytest.importorskip("unicorn")
-    from kvmkit.testing.differential import on_unicorn
+    from kvmkit.testing.differential.on_unicorn import Unicorn
 
-    return Comparison(machine.run, on_unicorn.run, UNICORN)
+    unicorn = Unicorn()
+    yield Comparison(machine.run, unicorn.run, UNICORN)
+    unicorn.close()
 
 
 @pytest.mark.parametrize("mode", MODES)

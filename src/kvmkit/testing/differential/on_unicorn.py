@@ -3,8 +3,12 @@
 Unicorn delivers nothing through the IDT: it calls a hook with the vector. So the outcome is the state in front of the delivery, to
 be compared with what `compare.before_delivery` reads from the frame; the error code it doesn't tell. The case is entered with an
 IRET, which sets what can't be set by registers.
+
+Unicorn aborts the whole process at a TSS that it doesn't like (LTR of a null selector and an I/O permission), so it runs in another.
 """
 
+import multiprocessing
+from multiprocessing.connection import Connection
 from typing import Any
 
 import unicorn
@@ -22,8 +26,49 @@ _NARROW = {name: getattr(u, f"UC_X86_REG_E{name[1:].upper()}") for name in GPRS[
 _SELECTORS = {name: getattr(u, f"UC_X86_REG_{name.upper()}") for name in ("ds", "es", "fs", "gs", "ss", "cs")}
 
 
+class Unicorn:
+    """A process of Unicorn's, for one case after the other."""
+
+    def __init__(self) -> None:
+        """Start it. It ends with this process at the latest."""
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, case: Case) -> Outcome:
+        """Run it to its end."""
+        try:
+            self._pipe.send(case)
+            outcome: Outcome = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self.close()
+            self._start()
+            return Outcome("unsupported: Unicorn ended itself")
+        return outcome
+
+    def close(self) -> None:
+        """End it."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    while True:
+        try:
+            case = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(run(case))
+
+
 def run(case: Case) -> Outcome:
-    """Run it to its end."""
+    """Run it to its end, in this process."""
     mode = case.mode
     uc = unicorn.Uc(
         unicorn.UC_ARCH_X86,
