@@ -459,6 +459,16 @@ def _lmsle(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bo
     )
 
 
+def _virtual_8086_extensions(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    changed = ours.values["cr4"] ^ theirs.values["cr4"]
+    return ours.vector == 13 and opcode(ours, case)[:2] == b"\x0f\x22" and changed in (1, 2)
+
+
+def _reserved_bit_of_a_pdpte(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    loads = theirs.vector == 13 and opcode(theirs, case)[:2] == b"\x0f\x22"
+    return loads and case.mode.paging == "pae" and theirs.memory[c.TABLES] & 0x20 != 0
+
+
 def _attributes(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     return all(name.endswith(".flags") and (a ^ b) & ~0x8001 == 0 for name, (a, b) in found.items())
 
@@ -482,7 +492,7 @@ TCG = (
         "HLT and TF", "ICEBP", "absent control registers", "DR7.GD", "flags of SYSRET", "a null SYSENTER_CS", "a null TR",
         "bases of LGDT and LIDT", "L and D", "segments", "#AC", "PUSHF and RF", "targets", "stack addresses",
         "flags of the second page", "SGDT over two pages", "absent call gates", "the time", "LAR of 16-bit system segments",
-        "a TSS in the LDT", "x87 stack faults", "reserved forms",
+        "a TSS in the LDT", "x87 stack faults", "reserved forms", "upper half of SYSENTER_CS",
     )),
     Rule("reads first", "what is read and written is a write to the processor, whose page fault says so; QEMU reads first", _read_first, "error code|cr2"),
     Rule("a page's reserved bits", "P of the error code is 1 with RSVD (SDM 3, 4.7); 0 in QEMU, as is W where it reads", _reserved_bit_of_a_page, "error code"),
@@ -513,6 +523,8 @@ QEMU = (
 AMD = (
     *TCG,
     Rule("EFER.LMSLE", "kvm-amd with nested virtualization lets the guest set it, whatever its CPUID", _lmsle),
+    Rule("CR4.VME and PVI", "KVM lets the guest set them, whatever its CPUID", _virtual_8086_extensions),
+    Rule("reserved bits of PDPTEs", "QEMU sets A in them, which is reserved and which KVM refuses as it loads them", _reserved_bit_of_a_pdpte),
     Rule("segment attributes", "kvm-amd makes up G of the limit and sets A (svm_get_segment)", _attributes),
 )  # fmt: skip
 PVM = (
