@@ -98,6 +98,7 @@ pub fn read_physical(vcpu: &mut Vcpu, gpa: u64, to: &mut [u8]) -> Res<()> {
     if read_memory(vcpu, gpa, to)? {
         return Ok(());
     }
+    check_private(vcpu, gpa)?;
     for (n, part) in to.chunks_mut(FRAGMENT_BYTES).enumerate() {
         let at = gpa + (n * FRAGMENT_BYTES) as u64;
         let io = &mut vcpu.io;
@@ -184,6 +185,9 @@ fn check_there(vcpu: &mut Vcpu, la: u64, len: usize, mode: usize) -> Res<()> {
     for (offset, _) in parts(la, len) {
         let here = la.wrapping_add(offset as u64);
         let gpa = mmu::walk(vcpu, here, Intent::Write, mode)?.gpa + (here & 0xfff);
+        if vcpu.slots.find(gpa).is_none() && !vcpu.is_lapic(gpa) {
+            check_private(vcpu, gpa)?;
+        }
         let slot = vcpu.slots.find(gpa).filter(|s| s.flags & READONLY == 0);
         if let Some(p) = slot.and_then(|_| vcpu.slots.hva(gpa, 1)) {
             // SAFETY: in a slot. A byte that is 0 becomes 0, any other stays.
@@ -201,6 +205,7 @@ pub fn write_physical(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<()> {
     if write_memory(vcpu, gpa, from)? {
         return Ok(());
     }
+    check_private(vcpu, gpa)?;
     for (n, part) in from.chunks(FRAGMENT_BYTES).enumerate() {
         let at = gpa + (n * FRAGMENT_BYTES) as u64;
         if !vcpu.vm.ioeventfd_mmio(at, part) {
@@ -208,6 +213,11 @@ pub fn write_physical(vcpu: &mut Vcpu, gpa: u64, from: &[u8]) -> Res<()> {
         }
     }
     Ok(())
+}
+
+/// Fail where `gpa`, which no slot has, is private memory.
+fn check_private(vcpu: &Vcpu, gpa: u64) -> Res<()> {
+    if vcpu.slots.is_private(gpa) { Err(Exception::private_memory_fault(gpa).into()) } else { Ok(()) }
 }
 
 /// What follows a write of `len` bytes to RAM at `gpa`, within one page.

@@ -372,6 +372,12 @@ impl Exception {
     pub const fn memory_fault(gpa: u64) -> Self {
         Self { vector: 14, error: Some(Self::MEMORY_FAULT), payload: gpa & !0xfff, software: false }
     }
+    /// The same of private memory that isn't there.
+    pub const fn private_memory_fault(gpa: u64) -> Self {
+        Self { vector: 14, error: Some(Self::MEMORY_FAULT), payload: gpa & !0xfff | Self::PRIVATE, software: false }
+    }
+    /// In the payload.
+    const PRIVATE: u64 = 1;
     /// No #PF has that error code.
     const MEMORY_FAULT: u32 = u32::MAX;
     pub const fn is_memory_fault(&self) -> bool {
@@ -421,9 +427,11 @@ pub enum Exit {
     Intr,
     /// Not for user space: signals are due for a look (`request::SIGNALS`).
     Signals,
-    /// The host memory behind the page at `gpa` cannot be accessed: KVM_RUN fails with EFAULT.
+    /// The host memory behind the page at `gpa` cannot be accessed, or the page is private memory that isn't there: KVM_RUN
+    /// fails with EFAULT.
     MemoryFault {
         gpa: u64,
+        private: bool,
     },
     /// Nothing runs before entries of the dirty ring are handed back.
     DirtyRingFull,
@@ -461,7 +469,8 @@ pub enum Stop {
 impl From<Exception> for Stop {
     fn from(e: Exception) -> Self {
         if e.is_memory_fault() {
-            return Stop::Exit(Exit::MemoryFault { gpa: e.payload });
+            let private = e.payload & Exception::PRIVATE != 0;
+            return Stop::Exit(Exit::MemoryFault { gpa: e.payload & !0xfff, private });
         }
         Stop::Exception(e)
     }

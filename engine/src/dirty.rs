@@ -55,7 +55,7 @@ impl Bitmaps {
     }
     /// Whether the page of a logged slot that holds `gpa` is known to be written.
     pub fn has(&self, slot: &Slot, gpa: u64) -> bool {
-        let page = (gpa - slot.gpa) >> 12;
+        let page = slot.page(gpa);
         self.with(slot.id, page, |word, bit| word.load(Ordering::Relaxed) & bit != 0).unwrap_or(false)
     }
     /// Set the bit; was it clear?
@@ -69,7 +69,7 @@ impl Bitmaps {
 
 /// A vCPU wrote to RAM at `gpa`.
 pub fn mark(v: &Vcpu, slot: &Slot, gpa: u64) {
-    let page = (gpa - slot.gpa) >> 12;
+    let page = slot.page(gpa);
     if !v.vm.dirty.set(slot.id, page) {
         return;
     }

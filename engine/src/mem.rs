@@ -7,26 +7,47 @@ pub const LOG_DIRTY: u32 = 1;
 /// Writes exit as MMIO (KVM_MEM_READONLY).
 pub const READONLY: u32 = 2;
 
-/// One memory slot: `[gpa, gpa + size)` is the host range at `hva`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One memory slot, or a part of it: `[gpa, gpa + size)` is the host range at `hva`.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub struct Slot {
     pub id: u32,
     pub flags: u32,
     pub gpa: u64,
     pub size: u64,
     pub hva: u64,
+    /// Which page of the slot is the first here.
+    pub first_page: u64,
+}
+
+impl Slot {
+    /// Which page of the slot holds `gpa`.
+    pub fn page(&self, gpa: u64) -> u64 {
+        self.first_page + ((gpa - self.gpa) >> 12)
+    }
 }
 
 /// All slots of a VM, sorted by gpa. Replaced as a whole at a safepoint.
 #[derive(Default, Clone, Debug)]
 pub struct Slots {
     slots: Vec<Slot>,
+    /// First and last address of what is private memory: where no slot has it, an access is a fault (KVM_EXIT_MEMORY_FAULT), not
+    /// a device's. In order.
+    private: Vec<(u64, u64)>,
 }
 
 impl Slots {
     pub fn new(mut slots: Vec<Slot>) -> Self {
         slots.sort_by_key(|s| s.gpa);
-        Self { slots }
+        Self { slots, private: Vec::new() }
+    }
+    /// Slots in parts, each of which is shared or private memory, and what is private.
+    pub fn with_private(parts: Vec<Slot>, mut private: Vec<(u64, u64)>) -> Self {
+        private.sort();
+        Self { private, ..Self::new(parts) }
+    }
+    pub fn is_private(&self, gpa: u64) -> bool {
+        let i = self.private.partition_point(|(first, _)| *first <= gpa);
+        i.checked_sub(1).is_some_and(|i| gpa <= self.private[i].1)
     }
     pub fn as_slice(&self) -> &[Slot] {
         &self.slots

@@ -70,7 +70,12 @@ pub fn is_canonical(address: u64) -> bool {
 
 /// Atomically read the page-table entry of `BYTES` at `gpa`; outside RAM there are only ones.
 fn load_entry<const BYTES: usize>(slots: &Slots, gpa: u64) -> Result<u64, Exception> {
-    let Some(p) = slots.hva(gpa, BYTES as u64) else { return Ok(u64::MAX >> (64 - 8 * BYTES)) };
+    let Some(p) = slots.hva(gpa, BYTES as u64) else {
+        if slots.is_private(gpa) {
+            return Err(Exception::private_memory_fault(gpa));
+        }
+        return Ok(u64::MAX >> (64 - 8 * BYTES));
+    };
     let mut entry = [0; 8];
     // SAFETY: `gpa` is aligned within a slot.
     match unsafe { guest::copy(entry.as_mut_ptr(), p, BYTES) } {
@@ -406,6 +411,9 @@ pub fn fetch_page(vcpu: &mut Vcpu, la: u64) -> Res<Fetch> {
     vcpu.shared.stats.count(counter::FETCH_MISSES);
     let page = walk(vcpu, la, Intent::Execute, mode)?;
     let Some(hva) = vcpu.slots.hva(page.gpa, 4096) else {
+        if vcpu.slots.is_private(page.gpa) {
+            return Err(Exception::private_memory_fault(page.gpa).into());
+        }
         return Err(Stop::Exit(crate::cpu::Exit::InternalError(format!(
             "instruction fetch from {:#x}, which is not memory (gva {la:#x})",
             page.gpa

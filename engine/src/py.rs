@@ -118,6 +118,13 @@ impl Drop for Vm {
     }
 }
 
+/// Slot, flags, gpa, size, hva, first page.
+type PyPart = (u32, u32, u64, u64, u64, u64);
+
+fn whole_pages(gpa: u64, size: u64, hva: u64) -> bool {
+    (gpa | size | hva) & 0xfff == 0 && gpa.checked_add(size).is_some() && hva.checked_add(size).is_some()
+}
+
 /// Destination, whether logical, delivery mode, vector, whether level-triggered.
 type PyMessage = (u32, bool, u8, u8, bool);
 /// KVM_MSR_FILTER_*, first MSR, their number, a bit for each.
@@ -140,7 +147,7 @@ impl Vm {
     fn set_memory_region(&self, py: Python<'_>, id: u32, flags: u32, gpa: u64, size: u64, hva: u64) -> PyResult<()> {
         let vm = self.machine()?;
         // The TLBs hold whole pages.
-        valid((gpa | size | hva) & 0xfff == 0 && gpa.checked_add(size).is_some() && hva.checked_add(size).is_some())?;
+        valid(whole_pages(gpa, size, hva))?;
         py.detach(|| {
             // KVM_CAP_MULTI_ADDRESS_SPACE: the upper half says which.
             let smm = id >> 16 != 0;
@@ -150,9 +157,36 @@ impl Vm {
             let anew = vm.dirty_ring_bytes.load(Ordering::Relaxed) != 0;
             vm.dirty.set_slot(id, size != 0 && flags & LOG_DIRTY != 0, size, anew);
             if size != 0 {
-                slots.push(Slot { id, flags, gpa, size, hva });
+                slots.push(Slot { id, flags, gpa, size, hva, first_page: 0 });
             }
             vm.set_space(smm, Slots::new(slots));
+        });
+        Ok(())
+    }
+
+    /// All slots outside system management mode, in parts, of a VM with private memory. `changed`: the slot that has, and how
+    /// many of its bytes are logged.
+    fn set_private_memory(
+        &self,
+        py: Python<'_>,
+        changed: Option<(u32, u64)>,
+        parts: Vec<PyPart>,
+        private: Vec<(u64, u64)>,
+    ) -> PyResult<()> {
+        let vm = self.machine()?;
+        let parts: Vec<Slot> = parts
+            .into_iter()
+            .map(|(id, flags, gpa, size, hva, first_page)| {
+                valid(whole_pages(gpa, size, hva))?;
+                Ok(Slot { id, flags, gpa, size, hva, first_page })
+            })
+            .collect::<PyResult<_>>()?;
+        py.detach(|| {
+            if let Some((id, logged_bytes)) = changed {
+                let anew = vm.dirty_ring_bytes.load(Ordering::Relaxed) != 0;
+                vm.dirty.set_slot(id, logged_bytes != 0, logged_bytes, anew);
+            }
+            vm.set_slots(Slots::with_private(parts, private));
         });
         Ok(())
     }
@@ -522,9 +556,10 @@ impl Vcpu {
             }
             Exit::VmDead => unreachable!("KVM_RUN fails"),
             Exit::DirtyRingFull => reason::DIRTY_RING_FULL,
-            Exit::MemoryFault { gpa } => {
-                // No flags: the page is shared memory.
-                for (n, x) in [0, *gpa, 4096].into_iter().enumerate() {
+            Exit::MemoryFault { gpa, private } => {
+                // KVM_MEMORY_EXIT_FLAG_PRIVATE
+                let flags = (*private as u64) << 3;
+                for (n, x) in [flags, *gpa, 4096].into_iter().enumerate() {
                     self.write(U + n * 8, &x.to_le_bytes());
                 }
                 reason::MEMORY_FAULT

@@ -358,7 +358,7 @@ pub fn trap_exception(v: &Vcpu) -> Stop {
     if v.cpu.trap_number == 14
         && let Some(gpa) = v.slots.page_at(v.cpu.trap_address)
     {
-        return Exit::MemoryFault { gpa }.into();
+        return Exit::MemoryFault { gpa, private: false }.into();
     }
     match v.cpu.trap_number {
         0 => Exception::new(0).into(),

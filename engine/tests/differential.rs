@@ -72,7 +72,7 @@ fn machine() -> Vcpu {
     }
     put(TSS + 4, KERNEL_STACK);
     let vm = Arc::new(Vm::new(1_000_000).unwrap());
-    let slot = Slot { id: 0, flags: 0, gpa: REGION.base, size: REGION.bytes, hva: REGION.base };
+    let slot = Slot { id: 0, flags: 0, gpa: REGION.base, size: REGION.bytes, hva: REGION.base, first_page: 0 };
     vm.set_slots(Slots::new(vec![slot]));
     let mut v = Vcpu::new(vm, 0).unwrap();
     let c: &mut Cpu = &mut v.cpu;

@@ -26,7 +26,7 @@ fn machine() -> (Machine, *mut u8) {
         )
     };
     let mut slots = m.v.vm.slots.read().unwrap().as_slice().to_vec();
-    slots.push(Slot { id: 1, flags: 0, gpa: LOST, size: BYTES, hva: p as u64 });
+    slots.push(Slot { id: 1, flags: 0, gpa: LOST, size: BYTES, hva: p as u64, first_page: 0 });
     m.v.vm.set_slots(Slots::new(slots));
     (m, p.cast())
 }
@@ -55,7 +55,7 @@ fn check(code: &[u8], at: u64, page: u64, kept: i32, touch_first: bool) {
         }
         start(&mut m);
         protect(p, page, kept);
-        let exit = Exit::MemoryFault { gpa: LOST + (page << 12) };
+        let exit = Exit::MemoryFault { gpa: LOST + (page << 12), private: false };
         assert_eq!(run::run(&mut m.v), exit, "{code:x?} {interpret_only}");
         assert_eq!(run::run(&mut m.v), exit, "it stays away");
         assert_eq!(m.v.cpu.rip, FREE, "{code:x?}");
@@ -89,7 +89,7 @@ fn operands_across_pages() {
     m.write(FREE, &[0x48, 0x01, 0x03, 0xf4]); // add [rbx], rax
     (m.v.cpu.gpr[3], m.v.cpu.gpr[0]) = (LOST + 0xffc, 0x0101_0101_0101_0101);
     protect(p, 1, libc::PROT_READ);
-    assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST + 0x1000 });
+    assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST + 0x1000, private: false });
     protect(p, 1, libc::PROT_READ | libc::PROT_WRITE);
     assert_eq!(run::run(&mut m.v), Exit::Hlt);
     // SAFETY: the test's own mapping.
@@ -107,7 +107,7 @@ fn a_repeated_move_stops_where_memory_ends() {
         let c = &mut m.v.cpu;
         (c.gpr[7], c.gpr[6], c.gpr[1]) = (at, from, 0x200);
         protect(p, 1, libc::PROT_NONE);
-        assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST + 0x1000 });
+        assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST + 0x1000, private: false });
         assert_eq!((m.v.cpu.gpr[7], m.v.cpu.gpr[1]), (at.wrapping_add_signed(step * 0x100), 0x100));
         protect(p, 1, libc::PROT_READ | libc::PROT_WRITE);
         assert_eq!(run::run(&mut m.v), Exit::Hlt);
@@ -124,7 +124,7 @@ fn code_and_page_tables() {
     unsafe { p.write(0xf4) };
     m.v.cpu.rip = LOST;
     protect(p, 0, libc::PROT_NONE);
-    assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST });
+    assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST, private: false });
     protect(p, 0, libc::PROT_READ | libc::PROT_WRITE);
     assert_eq!(run::run(&mut m.v), Exit::Hlt);
 
@@ -137,7 +137,7 @@ fn code_and_page_tables() {
     for kept in [libc::PROT_NONE, libc::PROT_READ] {
         // Read-only: its accessed bit cannot be set.
         protect(p, 2, kept);
-        assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST + 0x2000 });
+        assert_eq!(run::run(&mut m.v), Exit::MemoryFault { gpa: LOST + 0x2000, private: false });
     }
     protect(p, 2, libc::PROT_READ | libc::PROT_WRITE);
     assert_eq!(run::run(&mut m.v), Exit::Hlt);

@@ -33,7 +33,7 @@ fn data() -> &'static mut [u8] {
 fn machine() -> Vcpu {
     REGION.map();
     let vm = Arc::new(Vm::new(1_000_000).unwrap());
-    vm.set_slots(Slots::new(vec![Slot { id: 0, flags: 0, gpa: BASE, size: REGION.bytes, hva: BASE }]));
+    vm.set_slots(Slots::new(vec![Slot { id: 0, flags: 0, gpa: BASE, size: REGION.bytes, hva: BASE, first_page: 0 }]));
     let mut v = Vcpu::new(vm, 0).unwrap();
     let c = &mut v.cpu;
     c.cr0 = cr0::PE | cr0::NE | cr0::ET;

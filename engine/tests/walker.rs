@@ -288,7 +288,7 @@ fn read_only_and_logged_slots_are_not_written_directly() {
         m.long_mode();
         m.write64(PTE, TO | P | W | U | A | D);
         let slot = m.v.slots.as_slice()[0];
-        let part = |gpa: u64, size: u64, flags, id| Slot { id, flags, gpa, size, hva: slot.hva + gpa };
+        let part = |gpa: u64, size: u64, flags, id| Slot { id, flags, gpa, size, hva: slot.hva + gpa, first_page: 0 };
         m.v.vm.set_slots(Slots::new(vec![
             part(0, TO, 0, 0),
             part(TO, 0x1000, flags, 1),

@@ -21,6 +21,19 @@ class Vm:
     def set_memory_region(self, id: int, flags: int, gpa: int, size: int, hva: int) -> None:
         """Create, replace or (size 0) delete slot `id`. The caller has validated it. Waits for all vCPUs to stop briefly."""
 
+    def set_private_memory(
+        self,
+        changed: tuple[int, int] | None,
+        parts: list[tuple[int, int, int, int, int, int]],
+        private: list[tuple[int, int]],
+    ) -> None:
+        """Replace all slots outside system management mode of a VM that has private memory.
+
+        `changed`: the slot that has changed, and its size if it is logged, else 0. `parts` of slots are shared or private memory: slot, flags, gpa, size,
+        hva, which page of the slot is the first. `private`: first and last address of ranges in which an access to what no part
+        has is a fault, not a device's. Waits for all vCPUs to stop briefly.
+        """
+
     def get_dirty_log(self, id: int) -> bytes:
         """Take the dirty bitmap of a logged slot: 64-bit words, little-endian. ENOENT without one. May stop all vCPUs briefly."""
 

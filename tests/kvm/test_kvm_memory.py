@@ -1,9 +1,8 @@
-"""Guest memory beyond plain slots: KVM_SET_USER_MEMORY_REGION2, guest_memfd, attributes, pre-faulting."""
+"""Guest memory beyond plain slots: KVM_SET_USER_MEMORY_REGION2, pre-faulting, memory that is gone."""
 
 import ctypes
 import errno
 import mmap
-import os
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from kvmkit.kvm import Kvm
 from kvmkit.kvm.exits import Hlt, Io, MemoryFault
 from kvmkit.testing import MEMORY_BYTES, Guest
-from kvmkit.uapi.common import KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_userspace_memory_region2
+from kvmkit.uapi.common import kvm_userspace_memory_region2
 
 from .evidence import module_of_kvm
 
@@ -38,32 +37,6 @@ def test_region2(kvm: Kvm, needs: Callable[[str], int]) -> None:
         guest.vm.set_user_memory_region2(region)
         with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION") as error:
             guest.vm.set_user_memory_region2(region)
-        assert error.value.errno == errno.EINVAL
-
-
-@pytest.mark.backs("KVM_CREATE_GUEST_MEMFD")
-def test_guest_memfd(kvm: Kvm, needs: Callable[[str], int]) -> None:
-    needs("KVM_CAP_GUEST_MEMFD")
-    with kvm.create_vm() as vm:
-        fd = vm.create_guest_memfd(0x10000)
-        try:
-            assert os.fstat(fd).st_size == 0x10000
-        finally:
-            os.close(fd)
-        for size, flags in ((0, 0), (0x1001, 0), (0x1000, 1 << 40)):
-            with pytest.raises(OSError, match="KVM_CREATE_GUEST_MEMFD") as error:
-                vm.create_guest_memfd(size, flags)
-            assert error.value.errno == errno.EINVAL
-
-
-@pytest.mark.backs("KVM_SET_MEMORY_ATTRIBUTES")
-def test_memory_attributes(kvm: Kvm, needs: Callable[[str], int]) -> None:
-    """Memory becomes private where the VM knows private memory."""
-    attributes = needs("KVM_CAP_MEMORY_ATTRIBUTES")
-    with kvm.create_vm() as vm:
-        vm.set_memory_attributes(0x1000, 0x1000, attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE)
-        with pytest.raises(OSError, match="KVM_SET_MEMORY_ATTRIBUTES") as error:
-            vm.set_memory_attributes(0x1001, 0x1000, 0)
         assert error.value.errno == errno.EINVAL
 
 

@@ -54,7 +54,14 @@ impl Machine {
         };
         assert_ne!(p, libc::MAP_FAILED);
         let vm = Arc::new(Vm::new(1_000_000).unwrap());
-        vm.set_slots(Slots::new(vec![Slot { id: 0, flags, gpa: 0, size: ram_bytes as u64, hva: p as u64 }]));
+        vm.set_slots(Slots::new(vec![Slot {
+            id: 0,
+            flags,
+            gpa: 0,
+            size: ram_bytes as u64,
+            hva: p as u64,
+            first_page: 0,
+        }]));
         let v = Vcpu::new(vm, 0).unwrap();
         Self { v, hva: p.cast(), len: ram_bytes }
     }

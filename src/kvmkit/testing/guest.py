@@ -63,10 +63,11 @@ class Guest:
         vcpus: int = 1,
         timeout_s: float = 20.0,
         capabilities: Sequence[tuple[int, int]] = (),
+        vm_type: int = 0,
     ) -> None:
         """Create it on `system`, with interrupt chips and a PIT if asked for.
 
-        `capabilities`, KVM_CAP_* and argument, are enabled for the VM before all else.
+        `capabilities`, KVM_CAP_* and argument, are enabled for the VM before all else. `vm_type`: KVM_CREATE_VM's.
         """
         self.engine = system.engine
         self.timeout_s = timeout_s
@@ -76,7 +77,7 @@ class Guest:
         self.memory = GuestMemory(MEMORY_BYTES)
         self.map = MemoryMap()
         self.map.add(0, self.memory)
-        self.vm = system.create_vm()
+        self.vm = system.create_vm(vm_type)
         try:
             for capability, argument in capabilities:
                 self.vm.enable_cap(capability, argument)

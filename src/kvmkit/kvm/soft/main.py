@@ -120,6 +120,10 @@ _CAPABILITIES = {
     capabilities.KVM_CAP_USER_MEMORY2: 1,
     capabilities.KVM_CAP_PRE_FAULT_MEMORY: 1,
     capabilities.KVM_CAP_MEMORY_FAULT_INFO: 1,
+    capabilities.KVM_CAP_VM_TYPES: 1 << x.KVM_X86_DEFAULT_VM | 1 << x.KVM_X86_SW_PROTECTED_VM,
+    capabilities.KVM_CAP_GUEST_MEMFD: 1,
+    capabilities.KVM_CAP_GUEST_MEMFD_FLAGS: c.GUEST_MEMFD_FLAG_MMAP | c.GUEST_MEMFD_FLAG_INIT_SHARED,
+    capabilities.KVM_CAP_MEMORY_ATTRIBUTES: c.KVM_MEMORY_ATTRIBUTE_PRIVATE,
     capabilities.KVM_CAP_SYNC_REGS: x.KVM_SYNC_X86_VALID_FIELDS,
     capabilities.KVM_CAP_SREGS2: 1,
     capabilities.KVM_CAP_PIT: 1,
@@ -173,9 +177,9 @@ class Kvm(_Descriptor, contract.Kvm):
     def create_vm(self, type: int = 0) -> "Vm":
         """KVM_CREATE_VM."""
         self._check("KVM_CREATE_VM")
-        if type:
-            raise ioctl_error("KVM_CREATE_VM", errno.EINVAL, f"VM type {type}: there is only 0")
-        return Vm()
+        if type not in (x.KVM_X86_DEFAULT_VM, x.KVM_X86_SW_PROTECTED_VM):
+            raise ioctl_error("KVM_CREATE_VM", errno.EINVAL, f"VM type {type}: 0 or 1")
+        return Vm(type)
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION."""
@@ -232,10 +236,10 @@ class Kvm(_Descriptor, contract.Kvm):
 class Vm(_Descriptor, contract.Vm):
     """A virtual machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, type: int) -> None:
         """Create one without memory or vCPUs."""
         self._vm = _engine.Vm(_engine.host_tsc_khz())
-        self.slots = MemSlots(self._vm)
+        self.slots = MemSlots(self._vm, type == x.KVM_X86_SW_PROTECTED_VM)
         self.coalesced = CoalescedMmio()
         self._vcpus: dict[int, Vcpu] = {}
         self._pid = os.getpid()
@@ -264,6 +268,7 @@ class Vm(_Descriptor, contract.Vm):
         if self.irqchip:
             self.irqchip.close()
         self._vm.close()
+        self.slots.close()
 
     @property
     def forked(self) -> bool:
@@ -273,7 +278,24 @@ class Vm(_Descriptor, contract.Vm):
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION."""
         self._check("KVM_CHECK_EXTENSION")
+        match cap:
+            case capabilities.KVM_CAP_MULTI_ADDRESS_SPACE:
+                return self.slots.address_spaces
+            case capabilities.KVM_CAP_MEMORY_ATTRIBUTES:
+                return self.slots.attributes
+            case capabilities.KVM_CAP_GUEST_MEMFD_FLAGS:
+                return self.slots.guest_memfd_flags
         return _CAPABILITIES.get(cap, 0)
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        self._check("KVM_SET_MEMORY_ATTRIBUTES")
+        self.slots.set_attributes(address, size, attributes, flags)
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """KVM_CREATE_GUEST_MEMFD."""
+        self._check("KVM_CREATE_GUEST_MEMFD")
+        return self.slots.guest_memfds.create(size, flags)
 
     def create_vcpu(self, id: int) -> "Vcpu":
         """KVM_CREATE_VCPU."""
@@ -295,11 +317,14 @@ class Vm(_Descriptor, contract.Vm):
         self.slots.set_region(name, slot, guest_phys_addr, memory_size, userspace_addr, flags)
 
     def set_user_memory_region2(self, region: common.kvm_userspace_memory_region2) -> None:
-        """KVM_SET_USER_MEMORY_REGION2; there is no guest_memfd."""
+        """KVM_SET_USER_MEMORY_REGION2."""
         name = "KVM_SET_USER_MEMORY_REGION2"
         self._check(name)
         r = region
-        self.slots.set_region(name, r.slot, r.guest_phys_addr, r.memory_size, r.userspace_addr, r.flags)
+        guest_memfd = r.guest_memfd, r.guest_memfd_offset
+        self.slots.set_region(
+            name, r.slot, r.guest_phys_addr, r.memory_size, r.userspace_addr, r.flags, guest_memfd
+        )
 
     @property
     def memory_slots(self) -> list[MemorySlot]:

@@ -1,4 +1,4 @@
-"""Memory slots and their dirty log (``virt/kvm/kvm_main.c``).
+"""Memory slots, their dirty log, and memory attributes (``virt/kvm/kvm_main.c``).
 
 The engine sets a bit for each page of a logged slot that the guest writes, and gives and clears them at once. That is
 KVM_GET_DIRTY_LOG. With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 the bits are collected here until KVM_CLEAR_DIRTY_LOG names them.
@@ -9,9 +9,12 @@ import ctypes
 import errno
 import mmap
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from kvmkit import _engine
 from kvmkit.kvm.memory import MemorySlot
+from kvmkit.kvm.soft.guest_memfd import Binding, GuestMemfds
 from kvmkit.uapi import common as c
 from kvmkit.uapi.errors import ioctl_error
 
@@ -31,58 +34,170 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _MADV_POPULATE_WRITE = 23
 
 
-class MemSlots:
-    """A VM's slots. Any thread."""
+@dataclass(frozen=True)
+class _Slot:
+    """A slot."""
 
-    def __init__(self, vm: _engine.Vm) -> None:
-        """Start with none."""
+    gpa: int
+    size: int
+    hva: int
+    flags: int
+    binding: Binding | None
+
+
+class MemSlots:
+    """A VM's slots, and which of its memory is private. Any thread."""
+
+    def __init__(self, vm: _engine.Vm, protected: bool) -> None:
+        """Start with none; `protected`: there may be private memory (KVM_X86_SW_PROTECTED_VM)."""
         self._vm = vm
-        self._slots: dict[int, tuple[int, int, int, int]] = {}  # gpa, size, hva, flags
+        self.protected = protected
+        self.address_spaces = 1 if protected else ADDRESS_SPACES
+        self.attributes = c.KVM_MEMORY_ATTRIBUTE_PRIVATE if protected else 0
+        """Those that there are."""
+        # Private memory isn't user space's to begin with.
+        flags = c.GUEST_MEMFD_FLAG_MMAP | (0 if protected else c.GUEST_MEMFD_FLAG_INIT_SHARED)
+        self.guest_memfds = GuestMemfds(flags)
+        self.guest_memfd_flags = flags
+        self._slots: dict[int, _Slot] = {}
+        self._private: list[tuple[int, int]] = []
+        """First address of each private range, and the one behind it; in order, none touches another."""
         self._lock = threading.Lock()
         self._protect = 0  # KVM_DIRTY_LOG_*
         self._dirty: dict[int, int] = {}
         """Slot → bitmap of pages that KVM_CLEAR_DIRTY_LOG has not cleared."""
         self.ring_size_bytes = 0
 
-    def set_region(self, name: str, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
-        """KVM_SET_USER_MEMORY_REGION; errors bear `name`."""
-        if flags & ~_FLAGS or not _exists(slot):
+    def set_region(
+        self,
+        name: str,
+        slot: int,
+        gpa: int,
+        size: int,
+        hva: int,
+        flags: int,
+        guest_memfd: tuple[int, int] | None = None,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2; errors bear `name`. `guest_memfd`: descriptor and offset, None for the older ioctl."""
+        known = _FLAGS
+        if guest_memfd is not None and flags & c.KVM_MEM_GUEST_MEMFD:
+            known = c.KVM_MEM_GUEST_MEMFD  # which can't be read-only, nor logged
+            if guest_memfd[1] & _PAGE - 1 or guest_memfd[1] + size > 1 << 64:
+                raise ioctl_error(name, errno.EINVAL, f"guest_memfd_offset {guest_memfd[1]:#x}")
+        else:
+            guest_memfd = None
+        if flags & ~known or not self._exists(slot):
             raise ioctl_error(name, errno.EINVAL, f"flags {flags:#x} or slot {slot} unknown")
         if (gpa | size | hva) & _PAGE - 1:
             raise ioctl_error(name, errno.EINVAL, "addresses and size must be multiples of 4096")
         if gpa + size > 1 << 64 or (size and gpa + size > _MAX_PHYSICAL) or hva + size >= _MAX_USER:
             raise ioctl_error(name, errno.EINVAL, "beyond the end of the address space")
         with self._lock:
-            self._set(name, slot, gpa, size, hva, flags)
+            self._set(name, slot, _Slot(gpa, size, hva, flags, None), guest_memfd)
 
-    def _set(self, name: str, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
+    def _set(self, name: str, slot: int, new: _Slot, guest_memfd: tuple[int, int] | None) -> None:
         old = self._slots.get(slot)
-        if size == 0:
+        if new.size == 0:
             if old is None:
                 raise ioctl_error(name, errno.EINVAL, f"slot {slot} doesn't exist")
-            self._vm.set_memory_region(slot, 0, 0, 0, 0)
             del self._slots[slot]
+            self._apply(slot, new)
+            if old.binding is not None:
+                old.binding.close()
             self._dirty.pop(slot, None)
             return
         if old:
-            _, old_size, old_hva, old_flags = old
-            if (old_size, old_hva) != (size, hva) or (flags ^ old_flags) & c.KVM_MEM_READONLY:
+            if (old.size, old.hva) != (new.size, new.hva) or (new.flags ^ old.flags) & c.KVM_MEM_READONLY:
                 raise ioctl_error(name, errno.EINVAL, "a slot may be moved or re-flagged, not resized")
-        for other, (other_gpa, other_size, _, _) in self._slots.items():
-            same_space = other >> _SPACE_SHIFT == slot >> _SPACE_SHIFT
-            if other != slot and same_space and gpa < other_gpa + other_size and other_gpa < gpa + size:
-                raise ioctl_error(name, errno.EEXIST, f"slot {other} is there")
-        self._vm.set_memory_region(slot, flags, gpa, size, hva)
-        self._slots[slot] = (gpa, size, hva, flags)
-        if not flags & c.KVM_MEM_LOG_DIRTY_PAGES:
+            if (new.flags | old.flags) & c.KVM_MEM_GUEST_MEMFD:
+                raise ioctl_error(name, errno.EINVAL, "a slot with a guest_memfd can only be deleted")
+        for number, other in self._slots.items():
+            same_space = number >> _SPACE_SHIFT == slot >> _SPACE_SHIFT
+            apart = new.gpa >= other.gpa + other.size or other.gpa >= new.gpa + new.size
+            if number != slot and same_space and not apart:
+                raise ioctl_error(name, errno.EEXIST, f"slot {number} is there")
+        if guest_memfd is not None:
+            new = replace(new, binding=self.guest_memfds.bind(*guest_memfd, new.size))
+        self._slots[slot] = new
+        self._apply(slot, new)
+        if not new.flags & c.KVM_MEM_LOG_DIRTY_PAGES:
             self._dirty.pop(slot, None)
         elif slot not in self._dirty:
-            self._dirty[slot] = (1 << size // _PAGE) - 1 if self._protect & _ALL_SET else 0
+            self._dirty[slot] = (1 << new.size // _PAGE) - 1 if self._protect & _ALL_SET else 0
+
+    def _apply(self, number: int, slot: _Slot) -> None:
+        """Tell the engine of a slot that has changed; of size 0, that there is none."""
+        if self.protected:
+            self._apply_all((number, slot.size if slot.flags & c.KVM_MEM_LOG_DIRTY_PAGES else 0))
+            return
+        hva = slot.hva if slot.binding is None or not slot.binding.only else slot.binding.address
+        self._vm.set_memory_region(number, slot.flags & _FLAGS, slot.gpa, slot.size, hva)
+
+    def _apply_all(self, changed: tuple[int, int] | None) -> None:
+        """Tell the engine of all slots; of the one that has changed, also how many bytes are logged."""
+        parts = [
+            (number, part.flags & _FLAGS, part.gpa, part.size_bytes, part.hva, (part.gpa - slot.gpa) // _PAGE)
+            for number, slot in self._slots.items()
+            for part in self._parts(number, slot)
+        ]
+        self._vm.set_private_memory(changed, parts, [(start, end - 1) for start, end in self._private])
+
+    def _parts(self, number: int, slot: _Slot) -> Iterator[MemorySlot]:
+        """A slot's memory, in parts that are shared or private; without those private ones that it has no memory for."""
+
+        def part(start: int, end: int, hva: int) -> MemorySlot:
+            return MemorySlot(number, start, end - start, hva + start - slot.gpa, slot.flags)
+
+        at, end = slot.gpa, slot.gpa + slot.size
+        if slot.binding is not None and slot.binding.only:
+            yield part(at, end, slot.binding.address)
+            return
+        for first, behind in self._private:
+            start, stop = max(first, slot.gpa), min(behind, end)
+            if start < stop:
+                if at < start:
+                    yield part(at, start, slot.hva)
+                if slot.binding is not None:
+                    yield part(start, stop, slot.binding.address)
+                at = stop
+        if at < end:
+            yield part(at, end, slot.hva)
+
+    def set_attributes(self, gpa: int, size: int, attributes: int, flags: int) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        name = "KVM_SET_MEMORY_ATTRIBUTES"
+        if flags or attributes & ~self.attributes:
+            raise ioctl_error(name, errno.EINVAL, f"attributes {attributes:#x} of {self.attributes:#x}")
+        if size == 0 or gpa + size > 1 << 64 or (gpa | size) & _PAGE - 1:
+            raise ioctl_error(name, errno.EINVAL, "whole pages, one at least")
+        if not self.protected:
+            return  # nothing is private, and stays so
+        end = gpa + size
+        with self._lock:
+            ranges = [(start, min(stop, gpa)) for start, stop in self._private if start < gpa]
+            ranges += [(max(start, end), stop) for start, stop in self._private if stop > end]
+            if attributes:
+                ranges.append((gpa, end))
+            self._private = []
+            for start, stop in sorted(ranges):
+                if self._private and self._private[-1][1] == start:
+                    start, _ = self._private.pop()
+                self._private.append((start, stop))
+            self._apply_all(None)
 
     def all(self) -> list[MemorySlot]:
-        """Those that there are."""
+        """Those that there are, and where their memory is: in parts, if some of it is private."""
         with self._lock:
-            return [MemorySlot(slot, *values) for slot, values in self._slots.items()]
+            return [part for number, slot in self._slots.items() for part in self._parts(number, slot)]
+
+    def close(self) -> None:
+        """Let go of the memory that is the VM's own, once nobody uses it."""
+        self.guest_memfds.close()
+
+    def _exists(self, slot: int) -> bool:
+        """Whether there can be a slot of that number."""
+        space, number = divmod(slot, 1 << _SPACE_SHIFT)
+        return number < MAX_SLOTS and 0 <= space < self.address_spaces
 
     def enable_manual_protect(self, options: int) -> None:
         """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2. KVM_DIRTY_LOG_INITIALLY_SET goes with KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE alone."""
@@ -135,11 +250,11 @@ class MemSlots:
 
     def _logged(self, name: str, slot: int) -> int:
         """Pages of a slot that is logged."""
-        if not _exists(slot):
+        if not self._exists(slot):
             raise ioctl_error(name, errno.EINVAL, f"slot {slot}")
         if slot not in self._dirty:
             raise ioctl_error(name, errno.ENOENT, f"slot {slot} isn't logged (KVM_MEM_LOG_DIRTY_PAGES)")
-        return self._slots[slot][1] // _PAGE
+        return self._slots[slot].size // _PAGE
 
     def _collect(self, slot: int) -> int:
         self._dirty[slot] |= int.from_bytes(self._vm.get_dirty_log(slot), "little")
@@ -152,25 +267,26 @@ class MemSlots:
             raise ioctl_error(name, errno.EINVAL, "whole pages, and no flags")
         done = 0
         while done < size:
+            at = gpa + done
             with self._lock:
-                slots = [values for slot, values in self._slots.items() if slot >> _SPACE_SHIFT == space]
-            found = next((s for s in slots if 0 <= gpa + done - s[0] < s[1]), None)
+                slots = [(n, slot) for n, slot in self._slots.items() if n >> _SPACE_SHIFT == space]
+                parts = (part for n, slot in slots for part in self._parts(n, slot))
+                found = next((part for part in parts if 0 <= at - part.gpa < part.size_bytes), None)
+                private = any(start <= at < stop for start, stop in self._private)
             if found is None:
                 if done:
                     break
-                raise ioctl_error(name, errno.ENOENT, f"no memory at {gpa:#x}")
-            start, length, hva, _ = found
-            offset = gpa + done - start
-            n = min(size - done, length - offset)
-            if _libc.madvise(ctypes.c_void_p(hva + offset), ctypes.c_size_t(n), _MADV_POPULATE_WRITE):
+                raise ioctl_error(
+                    name,
+                    errno.EFAULT if private else errno.ENOENT,
+                    f"no{' private' * private} memory at {at:#x}",
+                )
+            offset = at - found.gpa
+            n = min(size - done, found.size_bytes - offset)
+            if _libc.madvise(ctypes.c_void_p(found.hva + offset), ctypes.c_size_t(n), _MADV_POPULATE_WRITE):
                 raise ioctl_error(name, ctypes.get_errno())
             done += n
         return size - done
-
-
-def _exists(slot: int) -> bool:
-    """Whether there can be a slot of that number."""
-    return slot & (1 << _SPACE_SHIFT) - 1 < MAX_SLOTS and 0 <= slot >> _SPACE_SHIFT < ADDRESS_SPACES
 
 
 assert mmap.PAGESIZE == _PAGE  # of x86, the only host of this engine
