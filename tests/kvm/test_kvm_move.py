@@ -1,5 +1,6 @@
 """A guest that was stopped in the middle goes on in another VM, of the same engine and of the other."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import fields
@@ -11,6 +12,7 @@ from kvmkit.kvm import ENGINES, Kvm
 from kvmkit.kvm.exits import Intr, Io
 from kvmkit.kvm.state import VcpuState, load_vcpu, load_vm, save_vcpu, save_vm
 from kvmkit.testing import DATA, Guest
+from kvmkit.uapi.capabilities import KVM_CAP_TSC_CONTROL
 from kvmkit.uapi.x86 import kvm_cpuid_entry2
 
 FEATURE_CONTROL, UCODE_REV = 0x3A, 0x8B
@@ -141,6 +143,23 @@ def test_computation_moves_between_engines(systems: dict[str, Kvm], engines: str
         assert guest.memory.read(DATA + 64, 32) == PATTERN[16:] + PATTERN[:16]
     finally:
         guest.close()
+
+
+def test_a_tsc_of_another_frequency_moves(systems: dict[str, Kvm]) -> None:
+    """To a processor that can scale it; another says so."""
+    for here, there in itertools.product(systems.values(), repeat=2):
+        if not here.check_extension(KVM_CAP_TSC_CONTROL):
+            continue
+        with started(here) as guest, Guest(there, "hlt", irqchip=True, pit=True) as new:
+            khz = guest.vcpu.get_tsc_khz() // 2
+            guest.vcpu.set_tsc_khz(khz)
+            state = save_vcpu(guest.vm, guest.vcpu, set())
+            if there.check_extension(KVM_CAP_TSC_CONTROL):
+                load_vcpu(new.vcpu, state)
+                assert new.vcpu.get_tsc_khz() == khz
+            else:
+                with pytest.raises(OSError, match="KVM_SET_TSC_KHZ"):
+                    load_vcpu(new.vcpu, state)
 
 
 def bytes_of(state: VcpuState, name: str) -> object:

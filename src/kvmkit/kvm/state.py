@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from kvmkit.kvm.contract import Vcpu, Vm
 from kvmkit.uapi import x86
-from kvmkit.uapi.capabilities import KVM_CAP_ADJUST_CLOCK, KVM_CAP_XSAVE2
+from kvmkit.uapi.capabilities import KVM_CAP_ADJUST_CLOCK, KVM_CAP_GET_TSC_KHZ, KVM_CAP_XSAVE2
 from kvmkit.uapi.common import kvm_clock_data
 
 _CHIPS = (x86.KVM_IRQCHIP_PIC_MASTER, x86.KVM_IRQCHIP_PIC_SLAVE, x86.KVM_IRQCHIP_IOAPIC)
@@ -28,6 +28,8 @@ class VcpuState:
     """A vCPU's."""
 
     cpuid: Sequence[x86.kvm_cpuid_entry2]
+    tsc_khz: int
+    """The TSC's frequency; 0 if the engine doesn't tell (KVM_CAP_GET_TSC_KHZ)."""
     mp_state: int
     regs: x86.kvm_regs
     sregs: x86.kvm_sregs
@@ -54,6 +56,7 @@ def save_vcpu(vm: Vm, vcpu: Vcpu, msrs: Iterable[int]) -> VcpuState:
     """Take a vCPU's state, of `msrs` (see `Kvm.get_msr_index_list`) those that it has."""
     return VcpuState(
         cpuid=vcpu.get_cpuid2(),
+        tsc_khz=vcpu.get_tsc_khz() if vm.check_extension(KVM_CAP_GET_TSC_KHZ) else 0,
         mp_state=vcpu.get_mp_state(),
         regs=vcpu.get_regs(),
         sregs=vcpu.get_sregs(),
@@ -67,8 +70,13 @@ def save_vcpu(vm: Vm, vcpu: Vcpu, msrs: Iterable[int]) -> VcpuState:
 
 
 def load_vcpu(vcpu: Vcpu, state: VcpuState) -> set[int]:
-    """Give a vCPU that has not run a state. Returns the MSRs that it refuses: those that the other engine alone has."""
+    """Give a vCPU that has not run a state. Returns the MSRs that it refuses: those that the other engine alone has.
+
+    EINVAL: its TSC has another frequency, and the processor can't scale it (KVM_CAP_TSC_CONTROL).
+    """
     vcpu.set_cpuid2(state.cpuid)
+    if state.tsc_khz and vcpu.get_tsc_khz() != state.tsc_khz:
+        vcpu.set_tsc_khz(state.tsc_khz)
     vcpu.set_regs(state.regs)
     vcpu.set_sregs(state.sregs)
     vcpu.set_xcrs(state.xcrs)
