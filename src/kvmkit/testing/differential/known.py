@@ -465,7 +465,7 @@ def _virtual_8086_extensions(case: Case, ours: Outcome, theirs: Outcome, found: 
 
 
 def _stale_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    return any(item.code.lstrip(b"\x66\x67\xf0\x48")[:2] == b"\x0f\xc7" for item in case.items)
+    return b"\x0f\xc7" in case.code
 
 
 def _reserved_bit_of_a_pdpte(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
