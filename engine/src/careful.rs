@@ -186,8 +186,8 @@ fn is_accessible(v: &Vcpu, la: u64, size: usize, write: bool, mode: usize) -> bo
 fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: bool) -> Res<()> {
     let (size, _, write) = access_of(i);
     let mode = v.cpu.mmu_mode();
-    let stage =
-        Stage::new().map_err(|e| Exit::InternalError(format!("no memory for an instruction's operand: {e}")))?;
+    let no_stage = |e| Exit::InternalError(format!("no memory for an instruction's operand: {e}"));
+    let stage = Stage::new().map_err(no_stage)?;
     let at = (la & 0xfff) as usize;
     let first = size.min(4096 - at);
     let misaligned = is_misaligned(v, i, la, size, mode);
@@ -201,7 +201,7 @@ fn staged(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], la: u64, integer: boo
         match page_there {
             Err(e) if e.is_memory_fault() => return Err(e.into()),
             Err(e) => {
-                stage.hide(page);
+                stage.hide(page).map_err(no_stage)?;
                 faults[page] = Some(e);
             }
             Ok(_) if !write => access::read_part(v, here, stage.bytes(at + offset, len), mode)?,
@@ -268,9 +268,12 @@ impl Stage {
     fn address(&self, at: usize) -> u64 {
         self.0 as u64 + at as u64
     }
-    fn hide(&self, page: usize) {
+    fn hide(&self, page: usize) -> std::io::Result<()> {
         // SAFETY: one of the two pages of our own mapping.
-        unsafe { libc::mprotect(self.0.add(page << 12).cast(), 4096, libc::PROT_NONE) };
+        match unsafe { libc::mprotect(self.0.add(page << 12).cast(), 4096, libc::PROT_NONE) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
     }
     /// `len` bytes at `at`, which no hidden page holds.
     #[allow(clippy::mut_from_ref)] // Each is gone before the next is taken.

@@ -248,7 +248,8 @@ pub struct Cpu {
     pub trap_exit: u64,
     /// Where an instruction of the careful path finds its memory operand.
     pub operand: u64,
-    /// Opmask and ZMM state beyond AVX's is in use: set by translated code that touches it.
+    /// XSAVE components of AVX-512 (opmask and what of ZMM is beyond AVX) if one of them is in use, else 0: set by translated
+    /// code that touches one.
     pub avx512: u64,
     /// XSAVE area (standard format) of the guest's x87 and vector state; valid outside translated code.
     pub fpu: XsaveArea,
@@ -539,8 +540,6 @@ pub struct CpuBox {
 
 // SAFETY: the mapping is owned by this box alone; a vCPU is used by one thread at a time.
 unsafe impl Send for CpuBox {}
-// SAFETY: shared references only read, but for `poll`, which is an atomic.
-unsafe impl Sync for CpuBox {}
 
 /// Stack below `Cpu` for helpers called from translated code.
 const STACK_BYTES: usize = 512 << 10;

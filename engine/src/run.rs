@@ -4,6 +4,7 @@ use crate::cpu::{CS, Exception, Exit, Stop, Vcpu, mp_state, rflags};
 use crate::helpers::{find_entry, pack_flags, unpack_flags};
 use crate::stats::vcpu as counter;
 use crate::vm::request;
+use crate::xstate::{AVX512, HEADER};
 use crate::{access, debug, exception, interp, pvclock, signal, smm, thunks, vapic};
 use std::sync::atomic::Ordering;
 
@@ -332,7 +333,7 @@ pub fn enter(v: &mut Vcpu, entry: u64) {
     v.cpu.flags_saved = pack_flags(v.cpu.aflags);
     // What XRSTOR refuses must not be there, whoever wrote it.
     v.cpu.fpu.sanitize();
-    v.cpu.avx512 = v.cpu.fpu.0[crate::xstate::HEADER] as u64 & crate::xstate::AVX512;
+    v.cpu.avx512 = if v.cpu.fpu.0[HEADER] as u64 & AVX512 != 0 { AVX512 } else { 0 };
     let cpu = v.cpu.as_ptr();
     v.cpu.vcpu = v;
     signal::inside(cpu, || {

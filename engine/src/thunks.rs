@@ -10,10 +10,10 @@ use crate::cpu::Cpu;
 use std::arch::naked_asm;
 use std::mem::offset_of;
 
-/// State components that guest and host exchange: x87, SSE, AVX; what is in use of AVX-512 comes with them. XSAVE and
-/// XRSTOR ignore those that the host does not have.
+/// State components that guest and host exchange: x87, SSE, AVX; `Cpu::avx512` comes with them. XSAVE and XRSTOR ignore those
+/// that the host does not have.
 const XSAVE_MASK: u32 = 7;
-const XSAVE_MASK_512: u32 = XSAVE_MASK | crate::xstate::AVX512 as u32;
+const AVX512: u32 = crate::xstate::AVX512 as u32;
 
 const GPR: usize = offset_of!(Cpu, gpr);
 
@@ -115,22 +115,17 @@ macro_rules! fill {
 #[unsafe(naked)]
 pub unsafe extern "C" fn enter(cpu: *mut Cpu, entry: u64) {
     naked_asm!(
-        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
         "stmxcsr [rdi+{mxcsr}]",
         "fnstcw [rdi+{fcw}]",
-        "mov [rdi+{host_rsp}], rsp",
         "mov eax, {mask}",
         "xor edx, edx",
         "xrstor64 [rdi+{fpu}]",
-        "mov rsp, rdi",
-        fill!("0"),
-        "jmp rsi",
+        "jmp {light}",
         mxcsr = const offset_of!(Cpu, host_mxcsr),
         fcw = const offset_of!(Cpu, host_fcw),
-        host_rsp = const offset_of!(Cpu, host_rsp),
         fpu = const offset_of!(Cpu, fpu),
-        gpr = const GPR,
-        mask = const XSAVE_MASK_512,
+        mask = const XSAVE_MASK | AVX512,
+        light = sym enter_light,
     )
 }
 
@@ -138,29 +133,25 @@ pub unsafe extern "C" fn enter(cpu: *mut Cpu, entry: u64) {
 #[unsafe(naked)]
 pub unsafe extern "C" fn leave() {
     naked_asm!(
-        spill!("0"),
-        "mov eax, {mask}",
-        "mov ecx, {mask_512}",
-        "cmp byte ptr [rsp+{avx512}], 0",
-        "cmovne eax, ecx",
+        "mov rdi, rax",
+        "mov rsi, rdx",
+        "mov eax, [rsp+{avx512}]",
+        "or eax, {mask}",
         "xor edx, edx",
         "xsave64 [rsp+{fpu}]",
         "fninit",
         "fldcw [rsp+{fcw}]",
         "ldmxcsr [rsp+{mxcsr}]",
-        "mov rsp, [rsp+{host_rsp}]",
         "vzeroupper",
-        "cld",
-        "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
-        "ret",
+        "mov rax, rdi",
+        "mov rdx, rsi",
+        "jmp {light}",
         mxcsr = const offset_of!(Cpu, host_mxcsr),
         fcw = const offset_of!(Cpu, host_fcw),
-        host_rsp = const offset_of!(Cpu, host_rsp),
         fpu = const offset_of!(Cpu, fpu),
         avx512 = const offset_of!(Cpu, avx512),
-        gpr = const GPR,
         mask = const XSAVE_MASK,
-        mask_512 = const XSAVE_MASK_512,
+        light = sym leave_light,
     )
 }
 
@@ -297,7 +288,7 @@ helper!(poll, crate::helpers::poll);
 #[unsafe(naked)]
 pub unsafe extern "C" fn note_512() {
     naked_asm!(
-        "mov byte ptr [rsp+8+{avx512}], 1",
+        "mov byte ptr [rsp+8+{avx512}], {components}",
         "vmovdqa ymm0, ymm0", "vmovdqa ymm1, ymm1",
         "vmovdqa ymm2, ymm2", "vmovdqa ymm3, ymm3",
         "vmovdqa ymm4, ymm4", "vmovdqa ymm5, ymm5",
@@ -320,6 +311,7 @@ pub unsafe extern "C" fn note_512() {
         "kxorq k6, k6, k6", "kxorq k7, k7, k7",
         "ret",
         avx512 = const offset_of!(Cpu, avx512),
+        components = const AVX512,
     )
 }
 
