@@ -20,17 +20,7 @@ const PATCHED: u64 = 0x11_0000;
 
 /// A second vCPU of `m`'s VM in the same state.
 fn second(m: &Machine) -> Vcpu {
-    another(m, 1)
-}
-
-fn another(m: &Machine, id: u32) -> Vcpu {
-    let mut v = Vcpu::new(m.v.vm.clone(), id).unwrap();
-    let from = &m.v.cpu;
-    let c = &mut v.cpu;
-    (c.cr0, c.cr3, c.cr4, c.efer, c.xcr0) = (from.cr0, from.cr3, from.cr4, from.efer, from.xcr0);
-    (c.segs, c.gdtr, c.idtr, c.tr, c.gpr) = (from.segs, from.gdtr, from.idtr, from.tr, from.gpr);
-    c.gpr[4] = FREE - 0x400;
-    v
+    m.another(1, FREE - 0x400)
 }
 
 /// `inc`s the counter at rbx until the flag at rcx is set, then halts.
@@ -239,7 +229,7 @@ fn no_translation_outlives_its_shootdown() {
         ],
     );
     let (epoch, acknowledged) = (COUNTERS, COUNTERS + 0x100);
-    let mut readers = vec![another(&m, 1), another(&m, 2)];
+    let mut readers = vec![second(&m), m.another(2, FREE - 0x600)];
     for (n, v) in readers.iter_mut().enumerate() {
         let c = &mut v.cpu;
         (c.gpr[3], c.gpr[1], c.gpr[2], c.gpr[8]) = (epoch, acknowledged + 8 * n as u64, WINDOW, STOP);

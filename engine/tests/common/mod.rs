@@ -164,6 +164,16 @@ impl Machine {
         }
     }
 
+    /// Another vCPU in the same state, but with a stack of its own.
+    pub fn another(&self, id: u32, stack: u64) -> Vcpu {
+        let mut v = Vcpu::new(self.v.vm.clone(), id).unwrap();
+        let (from, c) = (&self.v.cpu, &mut v.cpu);
+        (c.cr0, c.cr3, c.cr4, c.efer, c.xcr0) = (from.cr0, from.cr3, from.cr4, from.efer, from.xcr0);
+        (c.segs, c.gdtr, c.idtr, c.tr, c.gpr) = (from.segs, from.gdtr, from.idtr, from.tr, from.gpr);
+        c.gpr[4] = stack;
+        v
+    }
+
     /// Put code at `FREE` and run until something leaves.
     pub fn run(&mut self, code: &[u8]) -> Exit {
         self.write(FREE, code);
