@@ -244,6 +244,7 @@ class _Hostile:
         """What came out of other threads than the first vCPU's."""
         self.done = threading.Event()
         self.started = 0.0
+        self.exits = 0
         arena.clear(self.kind == "headers")
         if self.irqchip:
             self.vm.create_irqchip()
@@ -822,6 +823,10 @@ class _Hostile:
             thread.start()
         try:
             outcome = self._run(limit_s)
+        except OSError as error:
+            if not is_dead(error):
+                raise
+            outcome = self.outcome("dead", self.exits + 1)
         finally:
             self.done.set()
             while any(thread.is_alive() for thread in others):
@@ -837,17 +842,16 @@ class _Hostile:
         try:
             job()
         except BaseException as error:
-            self.failures.append(error)
+            if not is_dead(error):
+                self.failures.append(error)
 
     def _run_other(self, vcpu: Vcpu) -> None:
         r = Random(f"{self.seed} vCPU {vcpu.id}")
         exits = 0
         while not self.done.is_set() and exits < _MAX_EXITS:
-            exit_ = self.next_exit(vcpu)
+            exit_ = vcpu.run()
             vcpu.immediate_exit = False
             exits += 1
-            if exit_ is None:
-                return
             self.check_exit(vcpu, exit_)
             self.answer(vcpu, exit_, r)
 
@@ -855,12 +859,11 @@ class _Hostile:
         exits = 0
         with self.arena.limit(self.vcpu, limit_s) as watchdog:
             while True:
-                exit_ = self.next_exit(self.vcpu)
+                exit_ = self.vcpu.run()
                 if not watchdog.expired:
                     self.vcpu.immediate_exit = False
                 exits += 1
-                if exit_ is None:
-                    return self.outcome("dead", exits)
+                self.exits = exits
                 name = type(exit_).__name__
                 if watchdog.expired:
                     return self.outcome("limit", exits)
@@ -872,16 +875,6 @@ class _Hostile:
                 if not isinstance(exit_, Io | Mmio | Intr) and self.random.random() < 0.8:
                     return self.outcome(name, exits, message)
                 self.answer(self.vcpu, exit_, self.random)
-
-    @staticmethod
-    def next_exit(vcpu: Vcpu) -> Exit | None:
-        """None: the VM is dead, as an SMI leaves it that finds no memory for the state-save area."""
-        try:
-            return vcpu.run()
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return None
 
     def check_exit(self, vcpu: Vcpu, exit_: Exit) -> str:
         """`StrayAccessError` if `exit_` says that translated code went astray; the message of an `InternalError`."""
@@ -902,6 +895,11 @@ class _Hostile:
         for vcpu in self.vcpus:
             vcpu.close()
         self.vm.close()
+
+
+def is_dead(error: BaseException) -> bool:
+    """Whether the VM is dead, as an SMI leaves it that finds no memory for the state-save area. No ioctl works then."""
+    return isinstance(error, OSError) and error.errno == errno.EIO
 
 
 _KINDS: dict[str, Callable[[_Hostile], None]] = {
