@@ -334,7 +334,7 @@ def _tables(r: Random, mode: Mode, memory: bytearray) -> None:
         flags = 1 if mode.paging == "pae" and level == 0 else 0x27
         _put(memory, at, ((at + 0x1000) | flags).to_bytes(size, "little"))
     pages = c.TABLES + 0x1000 * (levels - 1)
-    for page in range(c.MEMORY_BYTES >> 12):
+    for page in range((c.STUB >> 12) + 1):
         entry = page << 12 | 0x67
         if c.DATA >> 12 <= page < (c.DATA >> 12) + c.DATA_PAGES:
             # Present, writable and for users; read-only; absent; for the supervisor; not used yet; with a reserved bit; NX

@@ -18,6 +18,8 @@ CODE, HANDLERS, IDT, GDT, LDT, TSS = 0x1000, 0x3000, 0x4000, 0x5000, 0x5800, 0x5
 DATA, DATA_PAGES = 0x6000, 4
 USER_STACK, KERNEL_STACK, IST_STACK, LANDING = 0xA000, 0xB000, 0xC000, 0xD000
 TABLES, MEMORY_BYTES = 0x10000, 0x20000
+STUB, STUB_STACK = MEMORY_BYTES, MEMORY_BYTES + 0x800
+"""A page behind the memory for what a reference needs to enter a case; page tables have it."""
 
 MSRS = {
     "SYSENTER_CS": 0x174,

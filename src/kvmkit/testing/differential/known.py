@@ -16,7 +16,7 @@ from kvmkit.testing.differential.run import Outcome
 Differences = dict[str, tuple[int, int]]
 Test = Callable[[Case, Outcome, Outcome, Differences], bool]
 
-RF, ZF = 1 << 16, 1 << 6
+RF, ZF, OF = 1 << 16, 1 << 6, 1 << 11
 PORTS = b"\xe4\xe5\xe6\xe7\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 
 
@@ -80,6 +80,8 @@ def _undelivered(case: Case, ours: Outcome, theirs: Outcome, found: Differences)
     ):
         return True
     v, before = ours.values, case.control
+    if not case.mode.protected and ours.memory[:0x400] != case.memory[:0x400]:
+        return theirs.vector is not None or ours.end != theirs.end
     changed = any(v[name] != before[name] for name in ("gdt", "idt")) or any(
         v[f"{name}.limit"] != before[f"{name}_limit"] for name in ("gdt", "idt")
     )
@@ -169,10 +171,28 @@ def _table_base(case: Case, ours: Outcome, theirs: Outcome, found: Differences) 
 def _target(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     at = theirs.values.get("rip", 0)
     return (
-        case.mode.bits == 64
-        and ours.vector == theirs.vector == 13
-        and not -(1 << 47) <= at - (at >> 63 << 64) < 1 << 47
+        ours.vector == 13
+        and theirs.vector in (13, 1)  # with TF behind the jump
+        and (
+            not -(1 << 47) <= at - (at >> 63 << 64) < 1 << 47
+            if case.mode.bits == 64
+            else at != ours.values["rip"] and at >= case.segments["cs"].limit
+        )
     )
+
+
+def _returned_beyond_the_limit(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    iret = ours.vector == 13 and ours.values["error code"] == 0 and opcode(ours, case)[:1] == b"\xcf"
+    return (
+        iret
+        and ours.values["cs"] != theirs.values["cs"]
+        and theirs.values["rip"] in range(c.LANDING, c.LANDING + 2)
+    )
+
+
+def _jump_to_a_handler(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    at = theirs.values.get("rip", 0) - 1
+    return theirs.end == "halt" and ours.vector is not None and c.HANDLERS <= at < c.HANDLERS + 512
 
 
 def _sysret_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -219,15 +239,25 @@ def _reserved_form(case: Case, ours: Outcome, theirs: Outcome, found: Difference
     at = opcode(ours, case)
     if ours.vector != 6 or not (theirs.end != ours.end or "rip" in found):
         return False
+    if b"\xf0" in case.image()[ours.values["rip"] :][:12].partition(at)[0]:
+        return True
     return (at[:1] in (b"\x8f", b"\xc6", b"\xc7") and at[1] & 0x38 != 0) or (
         at[:2] in (b"\x0f\x71", b"\x0f\x72", b"\x0f\x73") and at[2] < 0xC0
     )
 
 
 def _flags_of_cmpxchg8b(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    a, b = found["rflags"]
+    a, b = found.get("rflags", (0, 0))
     garbage = b & ~0x3F7FD7 != 0 or (a ^ b) & ~(c.ARITHMETIC & ~ZF) == 0
-    return garbage and contains("0fc7")(case, ours, theirs, found)
+    pushed = all(
+        (a ^ b) & ~(c.ARITHMETIC & ~ZF) in (0, OF >> 8) for name, (a, b) in found.items() if name != "rflags"
+    )
+    return garbage and pushed and contains("0fc7")(case, ours, theirs, found)
+
+
+def _rotates_itself(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    rotates = any(item.source.startswith(("rcl ", "rcr ")) for item in case.items)
+    return rotates and case.code != ours.memory[case.rip : case.rip + len(case.code)]
 
 
 def _undefined_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -252,7 +282,7 @@ def _pushed_before_the_limit(case: Case, ours: Outcome, theirs: Outcome, found: 
     return (
         far
         and ours.vector == theirs.vector == 13
-        and all(name.startswith("memory") and sp - 16 <= int(name.split()[1], 16) < sp for name in found)
+        and all(sp - 16 <= int(name.split()[1], 16) < sp for name in found if name != "error code")
     )
 
 
@@ -307,7 +337,7 @@ UNICORN = (
     Rule("#AC", "Unicorn checks no alignment (SDM 3, 6.15)", lambda case, ours, theirs, found: ours.vector == 17),
     Rule("PUSHF and RF", "RF is clear in what PUSHF stores; Unicorn stores it", _pushed_rf, "memory .*"),
     Rule("writes over two pages", "what is read and written faults first where its first byte lies, as processors show; Unicorn reads first", _two_pages),
-    Rule("targets", "a jump to an address that isn't canonical faults at the jump (JMP, CALL, RET); Unicorn's at the target", _target),
+    Rule("targets", "a jump to what isn't canonical or beyond the limit faults at the jump (JMP, CALL, RET); Unicorn's behind it", _target),
     Rule("stack addresses", "those that aren't canonical are #SS (SDM 3, 6.15); #GP in Unicorn", _stack_address),
     Rule("flags of the second page", "where an operand's first page faults (docs/engine.md); those of the page a frame goes to", _second_page, "memory .*"),
     Rule("SGDT over two pages", "the limit is stored when the base faults; no manual says which, and we store nothing", _half_a_table_register),
@@ -315,11 +345,14 @@ UNICORN = (
     Rule("the time", "RDTSC reads another time", _time),
     Rule("LAR of 16-bit system segments", "there are none in IA-32e mode (LAR, LSL: table of types)", _small_system_segments),
     Rule("x87 stack faults", "QEMU has none, as processors do (SDM 1, 8.5.1.1)", _stack_fault),
-    Rule("reserved forms", "#UD, as processors show: POP, MOV by 8F, C6, C7 /1 to /7, vector shifts of memory by 0F 71 to 73", _reserved_form),
-    Rule("flags of CMPXCHG8B", "all but ZF are garbage in Unicorn", _flags_of_cmpxchg8b, "rflags"),
+    Rule("reserved forms", "#UD, processors show: LOCK of what has none, POP and MOV by 8F, C6, C7 /1 to /7, shifts by 0F 71 to 73 of memory", _reserved_form),
+    Rule("flags of CMPXCHG8B", "all but ZF are garbage in Unicorn", _flags_of_cmpxchg8b, "rflags|memory .*"),
+    Rule("RCL and RCR of code", "Unicorn begins an instruction anew that writes to its own page, with the CF that it left", _rotates_itself),
+    Rule("IRET's target", "IRET looks whether it is beyond the limit (IRET); Unicorn doesn't", _returned_beyond_the_limit),
+    Rule("a jump to a handler", "is none to Unicorn, and looks like an exception where it was delivered", _jump_to_a_handler),
     Rule("undefined flags", "of random code that the case came to (a jump through memory), where nothing clears them", _undefined_flags, "rflags"),
     Rule("base of 64-bit code", "is not used (SDM 3, 5.2.1); Unicorn uses it", _base_of_64_bit_code),
-    Rule("CALL's checks", "all come before it pushes (CALL); Unicorn pushes before it looks at the limit", _pushed_before_the_limit),
+    Rule("CALL's checks", "all come before it pushes (CALL); Unicorn pushes before it looks at the limit", _pushed_before_the_limit, "error code|memory .*"),
     Rule("upper half of SYSENTER_CS", "is stored (a register of 32 bits in VMX, too); lost in Unicorn", _upper_half, "SYSENTER_CS"),
     Rule("a TSS in the LDT", "JMP and CALL are #GP there, only IRET is #TS (SDM 3, 7.2.2); #TS in Unicorn", _tss_in_ldt),
 )  # fmt: skip
@@ -442,7 +475,11 @@ def _in_a_new_task(case: Case, ours: Outcome, theirs: Outcome, found: Difference
 
 
 def _fast_outside_64_bits(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    return case.mode.bits != 64 and ours.vector == 6 and opcode(ours, case)[:2] in (b"\x0f\x05", b"\x0f\x07")
+    return (
+        case.mode.bits != 64
+        and ours.vector in (6, 8)
+        and opcode(ours, case)[:2] in (b"\x0f\x05", b"\x0f\x07")
+    )
 
 
 def _port_refused(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -498,7 +535,7 @@ TCG = (
         "HLT and TF", "ICEBP", "absent control registers", "DR7.GD", "flags of SYSRET", "a null SYSENTER_CS", "a null TR",
         "bases of LGDT and LIDT", "L and D", "segments", "#AC", "PUSHF and RF", "targets", "stack addresses",
         "flags of the second page", "SGDT over two pages", "absent call gates", "the time", "LAR of 16-bit system segments",
-        "a TSS in the LDT", "x87 stack faults", "reserved forms", "upper half of SYSENTER_CS",
+        "a TSS in the LDT", "x87 stack faults", "reserved forms", "upper half of SYSENTER_CS", "CALL's checks", "IRET's target",
     )),
     Rule("reads first", "what is read and written is a write to the processor, whose page fault says so; QEMU reads first", _read_first, "error code|cr2"),
     Rule("a page's reserved bits", "P of the error code is 1 with RSVD (SDM 3, 4.7); 0 in QEMU, as is W where it reads", _reserved_bit_of_a_page, "error code"),

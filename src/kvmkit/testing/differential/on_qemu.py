@@ -26,7 +26,7 @@ from kvmkit.testing.differential.run import Outcome, interpret
 QEMU = "qemu-system-x86_64"
 MEMORY_BYTES = 16 << 20
 IMAGE, GO = 0x400000, 0x300000
-STUB, STUB_STACK = 0xE800, 0xEF00
+STUB_BYTES = 0x1000
 TIMEOUT_S = 5.0
 CPU = (
     "qemu64,vendor=GenuineIntel,-svm,-vme,-de,-mce,-mtrr,-pge,-mca,-pat,-apic,-pse36,-clflush,"
@@ -51,10 +51,10 @@ protected:
     hlt
 go:
     cld
-    mov esi, {IMAGE}; xor edi, edi; mov ecx, {c.MEMORY_BYTES // 4}
+    mov esi, {IMAGE}; xor edi, edi; mov ecx, {(c.MEMORY_BYTES + STUB_BYTES) // 4}
     rep movsd
     cmp eax, 16
-    mov edx, {STUB}
+    mov edx, {c.STUB}
     je real
     jmp edx
 real:
@@ -64,7 +64,7 @@ real16:
     mov ax, 32; mov ds, ax; mov es, ax; mov ss, ax; mov fs, ax; mov gs, ax
     mov eax, 0x10
     mov cr0, eax
-    .byte 0xea; .word {STUB}, 0
+    .byte 0xea; .word 0, {c.STUB >> 4}
     .balign 8
 table:
     .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff, 0x00009b0f0000ffff, 0x000093000000ffff
@@ -120,9 +120,9 @@ class Qemu:
 
     def run(self, case: Case) -> Outcome:
         """Run it to its end."""
-        image = bytearray(case.image())
+        image = bytearray(case.image() + bytes(STUB_BYTES))
         stub = _stub(case, image)
-        image[STUB : STUB + len(stub)] = stub
+        image[c.STUB : c.STUB + len(stub)] = stub
         self.memory[IMAGE : IMAGE + len(image)] = bytes(image)
         self.memory[GO : GO + 4] = (case.mode.bits if not case.mode.protected else 32).to_bytes(4, "little")
         try:
@@ -197,10 +197,10 @@ def _registers(text: str) -> dict[str, int]:
 
 
 def _stub(case: Case, image: bytearray) -> bytes:
-    """Code at `STUB`, 32-bit or for real mode 16-bit, that loads the registers and enters the case."""
+    """Code at `c.STUB`, 32-bit or for real mode 16-bit, that loads the registers and enters the case."""
     mode, control, s, r = case.mode, case.control, case.segments, case.registers
     for n, name in ((0, "gdt"), (8, "idt")):
-        at = STUB_STACK + 0x80 + n
+        at = c.STUB_STACK + 0x80 + n
         image[at : at + 6] = control[f"{name}_limit"].to_bytes(2, "little") + control[name].to_bytes(
             4, "little"
         )
@@ -210,9 +210,13 @@ def _stub(case: Case, image: bytearray) -> bytes:
         return prefix + bytes([0xB8 + n]) + value.to_bytes(4, "little")
 
     stub = immediate(0, control["cr4"]) + b"\x0f\x22\xe0" + immediate(0, control["cr3"]) + b"\x0f\x22\xd8"
-    address = (b"\x15", b"\x1d", 4) if mode.protected else (b"\x16", b"\x1e", 2)
-    for n in (0, 1):
-        stub += b"\x0f\x01" + address[n] + (STUB_STACK + 0x80 + 8 * n).to_bytes(address[2], "little")  # type: ignore[operator]
+    for n, modrm in ((0, 0x15), (8, 0x1D)):
+        table = c.STUB_STACK + 0x80 + n
+        stub += b"\x2e\x0f\x01"  # by CS: in real mode its base is the stub
+        if mode.protected:
+            stub += bytes([modrm]) + table.to_bytes(4, "little")
+        else:
+            stub += bytes([modrm + 1]) + (table - c.STUB).to_bytes(2, "little")
     stub += (
         immediate(1, c.MSRS["EFER"])
         + immediate(0, control["efer"] & ~EFER_LMA)
@@ -221,15 +225,15 @@ def _stub(case: Case, image: bytearray) -> bytes:
     )
     stub += immediate(0, control["cr0"]) + b"\x0f\x22\xc0"
     selectors = ("ds", "es", "fs", "gs", "ss")
-    modrm = dict(zip(selectors, b"\xd8\xc0\xe0\xe8\xd0", strict=True))
+    moves = dict(zip(selectors, b"\xd8\xc0\xe0\xe8\xd0", strict=True))
     order = {name: n for n, name in enumerate(("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"))}
     if not mode.protected:
         for name in selectors:
-            stub += immediate(0, s[name].selector) + bytes([0x8E, modrm[name]])
+            stub += immediate(0, s[name].selector) + bytes([0x8E, moves[name]])
         stub += b"".join(immediate(n, r[name]) for name, n in order.items() if name != "rsp")
         return stub + immediate(4, r["rsp"] - 12) + b"\x66\xcf"  # `cases.make` put the frame there
     if mode.long:
-        at = STUB + len(stub) + 7
+        at = c.STUB + len(stub) + 7
         stub += b"\xea" + at.to_bytes(4, "little") + b"\xe8\x00"
     image[c.GDT + 0x2D] &= ~2  # LTR wants an idle TSS, and makes it busy
     stub += (
@@ -237,7 +241,7 @@ def _stub(case: Case, image: bytearray) -> bytes:
     )
     for name in selectors:
         if not mode.vm86 and (name != "ss" or not (case.user or mode.long)):
-            stub += immediate(0, s[name].selector) + bytes([0x8E, modrm[name]])
+            stub += immediate(0, s[name].selector) + bytes([0x8E, moves[name]])
     size = 8 if mode.long else 4
     if mode.long:
         for n, name in enumerate((*order, *GPRS[8:])):
@@ -249,7 +253,7 @@ def _stub(case: Case, image: bytearray) -> bytes:
         words = [r["rip"], s["cs"].selector, r["rflags"], r["rsp"], s["ss"].selector]
         if mode.vm86:
             words += [s[name].selector for name in ("es", "ds", "fs", "gs")]
-        top = STUB_STACK
+        top = c.STUB_STACK
         image[top : top + len(words) * size] = b"".join(word.to_bytes(size, "little") for word in words)
     else:
         top = r["rsp"] - 3 * size  # again

@@ -19,7 +19,7 @@ from kvmkit.testing.differential.cases import GPRS, Case
 from kvmkit.testing.differential.run import Outcome
 from kvmkit.testing.differential.watchdog import WATCHDOG
 
-STUB, STUB_STACK = 0xE800, 0xEF00
+REAL_STUB = 0xE800
 NOWHERE = 0xEFF0  # Unicorn itself looks it up in the page tables
 _GPR = {name: getattr(u, f"UC_X86_REG_{name.upper()}") for name in GPRS}
 _NARROW = {name: getattr(u, f"UC_X86_REG_E{name[1:].upper()}") for name in GPRS[:8]}
@@ -82,6 +82,7 @@ def run(case: Case) -> Outcome:
     )
     uc.mem_map(0, c.MEMORY_BYTES)
     uc.mem_write(0, case.image())
+    uc.mem_map(c.STUB, 0x1000)
     events: list[int] = []
 
     def interrupted(uc: Any, vector: int, _: object) -> None:
@@ -173,10 +174,11 @@ def _prepare(uc: Any, case: Case) -> int:
             stub += b"\x66\xb8" + value.to_bytes(4, "little") + b"\x0f\x22" + opcode
         for n, name, opcode in ((0, "gdt", b"\x16"), (8, "idt", b"\x1e")):
             table = control[f"{name}_limit"].to_bytes(2, "little") + control[name].to_bytes(4, "little")
-            uc.mem_write(STUB + 0x100 + n, table)
-            stub += b"\x66\x0f\x01" + opcode + (STUB + 0x100 + n).to_bytes(2, "little")
-        uc.mem_write(STUB, stub)
-        uc.emu_start(STUB, STUB + len(stub))
+            uc.mem_write(REAL_STUB + 0x100 + n, table)
+            stub += b"\x66\x0f\x01" + opcode + (REAL_STUB + 0x100 + n).to_bytes(2, "little")
+        uc.mem_write(REAL_STUB, stub)
+        uc.emu_start(REAL_STUB, REAL_STUB + len(stub))
+        uc.mem_write(REAL_STUB, case.memory[REAL_STUB : REAL_STUB + 0x200])
         for name, register in _SELECTORS.items():
             uc.reg_write(register, case.segments[name].selector)
         return case.rip
@@ -191,13 +193,14 @@ def _prepare(uc: Any, case: Case) -> int:
         uc.reg_write(register, (s.selector, s.base, s.limit, (s.flags & 0xFF) << 8 | (s.flags >> 12) << 20))
     stub = b""
     for name, modrm in (("ds", 0xD8), ("es", 0xC0), ("fs", 0xE0), ("gs", 0xE8), ("ss", 0xD0)):
+        selector = case.segments[name].selector
         if mode.vm86 or (name == "ss" and case.user):
-            continue  # the IRET loads it
-        stub += b"\xb8" + case.segments[name].selector.to_bytes(4, "little") + bytes([0x8E, modrm])
+            selector = 0x10  # the IRET loads the case's
+        stub += b"\xb8" + selector.to_bytes(4, "little") + bytes([0x8E, modrm])
     stub += b"\x90"
-    uc.mem_write(STUB, stub + (b"\x48\xcf" if mode.long else b"\xcf"))
-    uc.emu_start(STUB, STUB + len(stub))
-    return STUB + len(stub)
+    uc.mem_write(c.STUB, stub + (b"\x48\xcf" if mode.long else b"\xcf"))
+    uc.emu_start(c.STUB, c.STUB + len(stub))
+    return c.STUB + len(stub)
 
 
 def _frame(uc: Any, case: Case) -> None:
@@ -208,7 +211,7 @@ def _frame(uc: Any, case: Case) -> None:
         words = [r["rip"], s["cs"].selector, r["rflags"], r["rsp"], s["ss"].selector]
         if case.mode.vm86:
             words += [s[name].selector for name in ("es", "ds", "fs", "gs")]
-        top = STUB_STACK
+        top = c.STUB_STACK
         uc.mem_write(top, b"".join(word.to_bytes(size, "little") for word in words))
     else:
         top = r["rsp"] - 3 * size  # `cases.make` put it there
