@@ -182,11 +182,15 @@ def _target(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> b
 
 
 def _returned_beyond_the_limit(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    iret = ours.vector == 13 and ours.values["error code"] == 0 and opcode(ours, case)[:1] == b"\xcf"
+    returns = (
+        ours.vector == 13
+        and ours.values["error code"] == 0
+        and opcode(ours, case)[:1] in (b"\xcf", b"\xca", b"\xcb")
+    )
     return (
-        iret
+        returns
         and ours.values["cs"] != theirs.values["cs"]
-        and theirs.values["rip"] in range(c.LANDING, c.LANDING + 2)
+        and c.LANDING <= theirs.values["rip"] <= c.LANDING + 1
     )
 
 
@@ -261,9 +265,35 @@ def _rotates_itself(case: Case, ours: Outcome, theirs: Outcome, found: Differenc
 
 
 def _undefined_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    a, b = found["rflags"]
     at = ours.values["rip"] - case.rip
-    return (a ^ b) & ~c.ARITHMETIC == 0 and not 0 <= at <= len(case.code)
+    masks = (c.ARITHMETIC,), (c.ARITHMETIC & 0xFF, OF >> 8)  # the register; either byte where it was pushed
+    flags = all(
+        any((a ^ b) & ~mask == 0 for mask in masks[name != "rflags"]) for name, (a, b) in found.items()
+    )
+    return flags and not 0 <= at <= len(case.code)
+
+
+def _whole_register(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    return contains("0fb1")(case, ours, theirs, found) and all(b == a & 0xFFFFFFFF for a, b in found.values())
+
+
+def _absent_stack(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    returns = opcode(ours, case)[:1] in (b"\xcf", b"\xca", b"\xcb")
+    return returns and (ours.vector, theirs.vector) == (12, 11)
+
+
+def _sign_of_ret(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    a, b = found.get("rsp", (0, 0))
+    return (
+        case.mode.bits != 64
+        and (a - b) & 0xFFFFFFFF == 0x10000
+        and not case.rip <= ours.values["rip"] <= case.rip + len(case.code)
+    )
+
+
+def _test_by_f6_1(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    at = opcode(theirs, case)
+    return theirs.vector == 6 and at[:1] in (b"\xf6", b"\xf7") and at[1] & 0x38 == 8
 
 
 def _base_of_64_bit_code(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -348,9 +378,13 @@ UNICORN = (
     Rule("reserved forms", "#UD, processors show: LOCK of what has none, POP and MOV by 8F, C6, C7 /1 to /7, shifts by 0F 71 to 73 of memory", _reserved_form),
     Rule("flags of CMPXCHG8B", "all but ZF are garbage in Unicorn", _flags_of_cmpxchg8b, "rflags|memory .*"),
     Rule("RCL and RCR of code", "Unicorn begins an instruction anew that writes to its own page, with the CF that it left", _rotates_itself),
-    Rule("IRET's target", "IRET looks whether it is beyond the limit (IRET); Unicorn doesn't", _returned_beyond_the_limit),
+    Rule("CMPXCHG of 32 bits", "a destination that isn't equal keeps its upper half, as processors show; Unicorn clears it", _whole_register, "r.*"),
+    Rule("SS that isn't present", "is #SS to a return (IRET, RET); Unicorn raises #NP", _absent_stack),
+    Rule("sign of RET's operand", "it has none (RET); Unicorn extends it to a stack pointer of 32 bits", _sign_of_ret),
+    Rule("TEST by F6 /1", "is TEST to processors, and invalid to Unicorn", _test_by_f6_1),
+    Rule("targets of returns", "IRET and RET look whether they are beyond the limit (IRET, RET); Unicorn doesn't", _returned_beyond_the_limit),
     Rule("a jump to a handler", "is none to Unicorn, and looks like an exception where it was delivered", _jump_to_a_handler),
-    Rule("undefined flags", "of random code that the case came to (a jump through memory), where nothing clears them", _undefined_flags, "rflags"),
+    Rule("undefined flags", "of random code that the case came to (a jump through memory), where nothing clears them", _undefined_flags, "rflags|memory .*"),
     Rule("base of 64-bit code", "is not used (SDM 3, 5.2.1); Unicorn uses it", _base_of_64_bit_code),
     Rule("CALL's checks", "all come before it pushes (CALL); Unicorn pushes before it looks at the limit", _pushed_before_the_limit, "error code|memory .*"),
     Rule("upper half of SYSENTER_CS", "is stored (a register of 32 bits in VMX, too); lost in Unicorn", _upper_half, "SYSENTER_CS"),
@@ -535,7 +569,8 @@ TCG = (
         "HLT and TF", "ICEBP", "absent control registers", "DR7.GD", "flags of SYSRET", "a null SYSENTER_CS", "a null TR",
         "bases of LGDT and LIDT", "L and D", "segments", "#AC", "PUSHF and RF", "targets", "stack addresses",
         "flags of the second page", "SGDT over two pages", "absent call gates", "the time", "LAR of 16-bit system segments",
-        "a TSS in the LDT", "x87 stack faults", "reserved forms", "upper half of SYSENTER_CS", "CALL's checks", "IRET's target",
+        "a TSS in the LDT", "x87 stack faults", "reserved forms", "upper half of SYSENTER_CS", "CALL's checks",
+        "targets of returns", "SS that isn't present",
     )),
     Rule("reads first", "what is read and written is a write to the processor, whose page fault says so; QEMU reads first", _read_first, "error code|cr2"),
     Rule("a page's reserved bits", "P of the error code is 1 with RSVD (SDM 3, 4.7); 0 in QEMU, as is W where it reads", _reserved_bit_of_a_page, "error code"),
