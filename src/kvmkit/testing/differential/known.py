@@ -511,7 +511,7 @@ def _in_a_new_task(case: Case, ours: Outcome, theirs: Outcome, found: Difference
 def _fast_outside_64_bits(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     return (
         case.mode.bits != 64
-        and ours.vector in (6, 8)
+        and ours.vector in (6, 8, 14)  # #UD, or what came of its delivery
         and opcode(ours, case)[:2] in (b"\x0f\x05", b"\x0f\x07")
     )
 
