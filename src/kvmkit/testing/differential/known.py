@@ -530,13 +530,20 @@ def _lmsle(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bo
     )
 
 
+def _segments_of_handlers(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    changed = theirs.memory[c.HANDLERS : c.GDT] != case.memory[c.HANDLERS : c.GDT]
+    loaded = any("lidt" in item.source for item in case.items)
+    return ours.end == "shutdown" and case.mode.protected and case.mode.bits != 64 and (changed or loaded)
+
+
+def _supervisor_pushes(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    a, b = found["error code"]
+    return case.mode.name == "vm86" and a ^ b == 4 and opcode(ours, case)[:1] in (b"\x9a", b"\xff")
+
+
 def _virtual_8086_extensions(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     a, b = found.get("cr4", (0, 0))
     return ours.vector == 13 and opcode(ours, case)[:2] == b"\x0f\x22" and a ^ b in (1, 2)
-
-
-def _stale_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    return b"\x0f\xc7" in case.code
 
 
 def _reserved_bit_of_a_pdpte(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -576,6 +583,8 @@ TCG = (
     Rule("a page's reserved bits", "P of the error code is 1 with RSVD (SDM 3, 4.7); 0 in QEMU, as is W where it reads", _reserved_bit_of_a_page, "error code"),
     Rule("limits without paging", "the case's flat segments end with its memory, QEMU's memory goes on", _beyond_memory),
     Rule("#TS of a new task", "is pushed to a stack whose segment isn't loaded yet, which faults again; QEMU pushes it", _in_a_new_task),
+    Rule("segments of handlers", "a null or limited segment faults again and again where the handlers are gone; QEMU checks neither", _segments_of_handlers),
+    Rule("far calls of vm86", "push with the user's rights; with the supervisor's in QEMU, as the error code says", _supervisor_pushes, "error code"),
     Rule("STI and TF", "STI holds back interrupts, not traps (SDM 3, 6.8.3); in QEMU traps, too", _trap_of_sti),
     Rule("error codes of IDT gates", "they hold 8 times the vector (SDM 3, 6.13), which QEMU has times 16 in long mode", _gate_error_code),
     Rule("D of SYSENTER's CS", "0 in IA-32e mode (SDM 2, SYSENTER); QEMU sets L and D", _sysenter_code, "cs.flags"),
@@ -602,7 +611,6 @@ AMD = (
     *TCG,
     Rule("EFER.LMSLE", "kvm-amd with nested virtualization lets the guest set it, whatever its CPUID", _lmsle),
     Rule("CR4.VME and PVI", "KVM lets the guest set them, whatever its CPUID", _virtual_8086_extensions),
-    Rule("CMPXCHG8B", "QEMU 7.2 loses flags that an ADD left; the engine, which runs on it in the test bed, sets them so", _stale_flags, "rflags"),
     Rule("reserved bits of PDPTEs", "QEMU sets A in them, which is reserved and which KVM refuses as it loads them", _reserved_bit_of_a_pdpte),
     Rule("segment attributes", "kvm-amd makes up G of the limit and sets A (svm_get_segment)", _attributes),
 )  # fmt: skip
