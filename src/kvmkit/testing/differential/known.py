@@ -129,7 +129,7 @@ def _segments(case: Case, ours: Outcome, theirs: Outcome, found: Differences) ->
     if (
         ours.vector not in (12, 13)
         or ours.values["error code"]
-        or not (ours.end != theirs.end or "rip" in found)
+        or not (ours.end != theirs.end or {"rip", "error code"} & set(found))
     ):
         return False
     if case.mode.bits == 64 and ours.values["cs"] == case.segments["cs"].selector:
@@ -197,6 +197,11 @@ def _returned_beyond_the_limit(case: Case, ours: Outcome, theirs: Outcome, found
 def _jump_to_a_handler(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     at = theirs.values.get("rip", 0) - 1
     return theirs.end == "halt" and ours.vector is not None and c.HANDLERS <= at < c.HANDLERS + 512
+
+
+def _null_sysenter(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    undelivered = ours.end == "shutdown" and b"\x0f\x34" in case.code
+    return undelivered or refused("0f34", "0f35")(case, ours, theirs, found)
 
 
 def _sysret_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -359,7 +364,7 @@ UNICORN = (
     Rule("DR7.GD", "Unicorn has no general detect (SDM 3, 17.2.4)", refused("0f21", "0f23", vector=1)),
     Rule("SYSRET", "#UD outside 64-bit mode; Unicorn does as AMD's processors", refused("0f07", vector=6)),
     Rule("flags of SYSRET", "R11 & 3C7FD7 (SYSRET); Unicorn loads VM and leaves VIF and VIP", _sysret_flags),
-    Rule("a null SYSENTER_CS", "only bits 2 to 15 count: 1 to 3 are null, too (SYSENTER, SYSEXIT)", refused("0f34", "0f35")),
+    Rule("a null SYSENTER_CS", "only bits 2 to 15 count: 1 to 3 are null, too (SYSENTER, SYSEXIT)", _null_sysenter),
     Rule("a null TR", "LTR of a null selector is #GP(0)", refused("0f00")),
     Rule("bases of LGDT and LIDT", "they must be canonical in 64-bit mode", _table_base),
     Rule("L and D", "code that is both 64-bit and 32-bit is #GP in IA-32e mode (SDM 3, 5.2.1); Unicorn runs it", _code_both_ways),
