@@ -19,7 +19,10 @@ class Vm:
 
     def __new__(cls, tsc_khz: int) -> Vm: ...
     def set_memory_region(self, id: int, flags: int, gpa: int, size: int, hva: int) -> None:
-        """Create, replace or (size 0) delete slot `id`. The caller has validated it. Waits for all vCPUs to stop briefly."""
+        """Create, replace or (size 0) delete slot `id`. The caller has validated it. Waits for all vCPUs to stop briefly.
+
+        Slots from ``1 << 16`` are those of system management mode. EINVAL: not whole pages.
+        """
 
     def set_private_memory(
         self,
@@ -231,13 +234,13 @@ class Vcpu:
         """KVM_MP_STATE_*."""
 
     def set_mp_state(self, value: int) -> None:
-        """KVM_MP_STATE_*."""
+        """KVM_MP_STATE_*. EINVAL: INIT or SIPI, in system management mode or with an SMI pending."""
 
     def get_vcpu_events(self) -> bytes:
         """kvm_vcpu_events."""
 
     def set_vcpu_events(self, b: bytes) -> None:
-        """kvm_vcpu_events. EINVAL: an exception that doesn't exist."""
+        """kvm_vcpu_events. EINVAL: an exception that doesn't exist, or system management mode of a vCPU that waits for SIPI."""
 
     def get_debugregs(self) -> bytes:
         """kvm_debugregs."""
