@@ -547,8 +547,15 @@ def _supervisor_pushes(case: Case, ours: Outcome, theirs: Outcome, found: Differ
 
 
 def _virtual_8086_extensions(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    a, b = found.get("cr4", (0, 0))
-    return ours.vector == 13 and opcode(ours, case)[:2] == b"\x0f\x22" and a ^ b in (1, 2)
+    wanted = ours.values["rax"] & 0xFFFFFFFF
+    return (
+        ours.vector == 13 and opcode(ours, case)[:2] == b"\x0f\x22" and wanted ^ case.control["cr4"] in (1, 2)
+    )
+
+
+def _direction_of_syscall(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    a, b = found["rflags"]
+    return a == b | 0x400 and b"\x0f\x05" in case.code
 
 
 def _reserved_bit_of_a_pdpte(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -589,6 +596,7 @@ TCG = (
     Rule("limits without paging", "the case's flat segments end with its memory, QEMU's memory goes on", _beyond_memory),
     Rule("#TS of a new task", "is pushed to a stack whose segment isn't loaded yet, which faults again; QEMU pushes it", _in_a_new_task),
     Rule("segments of handlers", "a null or limited segment faults again and again where the handlers are gone; QEMU checks neither", _segments_of_handlers),
+    Rule("DF of SYSCALL", "stays where FMASK has it 0; QEMU clears it", _direction_of_syscall, "rflags"),
     Rule("far calls of vm86", "push with the user's rights; with the supervisor's in QEMU, as the error code says", _supervisor_pushes, "error code"),
     Rule("STI and TF", "STI holds back interrupts, not traps (SDM 3, 6.8.3); in QEMU traps, too", _trap_of_sti),
     Rule("error codes of IDT gates", "they hold 8 times the vector (SDM 3, 6.13), which QEMU has times 16 in long mode", _gate_error_code),
