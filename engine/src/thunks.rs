@@ -4,7 +4,8 @@
 //! guest x87 and vector state is in the host's registers, and DF is 0. `enter` and `leave` cross the
 //! border for good and swap the x87/SSE/AVX state; a helper thunk visits Rust from within: it writes every
 //! guest register to `Cpu::gpr`, keeps the vector registers, and continues either behind the call or at
-//! `Cpu::jump`. Flags are the translator's affair: at every crossing they are in `Cpu::flags_saved`.
+//! `Cpu::jump`. It runs with the guest's MXCSR and x87 control word: it must not compute with floating-point numbers.
+//! Flags are the translator's affair: at every crossing they are in `Cpu::flags_saved`.
 
 use crate::cpu::Cpu;
 use std::arch::naked_asm;
