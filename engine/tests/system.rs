@@ -552,6 +552,18 @@ fn a_page_fault_of_several_pushes_is_the_first_one_s() {
 }
 
 #[test]
+fn popa_keeps_what_it_popped_in_front_of_a_fault() {
+    // As a processor shows; the stack pointer stays, so that it can begin anew.
+    let mut m = long();
+    m.v.cpu.segs[CS].attr = 0xc09b;
+    m.write64(MAPPED - 8, 0x2222_2222_1111_1111);
+    (m.v.cpu.gpr[RDI], m.v.cpu.gpr[RSI], m.v.cpu.gpr[RSP]) = (3, 4, MAPPED - 8);
+    assert_eq!(step(&mut m, &[0x61]), Err(Exception::page_fault(0, MAPPED).into()));
+    let c = &m.v.cpu;
+    assert_eq!((c.gpr[RDI], c.gpr[RSI], c.gpr[RSP]), (0x1111_1111, 0x2222_2222, MAPPED - 8));
+}
+
+#[test]
 fn iret_checks() {
     let push = |m: &mut Machine, words: [u64; 5]| {
         for (n, w) in words.iter().enumerate() {

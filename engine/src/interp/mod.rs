@@ -407,16 +407,10 @@ fn execute(v: &mut Vcpu, i: &Instruction, bytes: &[u8; 15], fpu: bool) -> Res<Do
         }
         Popa | Popad => {
             let size = if i.mnemonic() == Popa { 2 } else { 4 };
-            let mut values = [0; 8];
-            for (n, value) in values.iter_mut().enumerate() {
-                *value = peek(v, n as u64, size)?;
-            }
-            for (n, value) in values.iter().enumerate().filter(|(n, _)| *n != 3) {
-                set_register(
-                    &mut v.cpu,
-                    if size == 2 { crate::emit::R16[7 - n] } else { crate::emit::R32[7 - n] },
-                    *value,
-                );
+            let registers = if size == 2 { crate::emit::R16 } else { crate::emit::R32 };
+            for n in [0, 1, 2, 4, 5, 6, 7] {
+                let value = peek(v, n, size)?;
+                set_register(&mut v.cpu, registers[7 - n as usize], value);
             }
             let sp = v.cpu.gpr[RSP].wrapping_add(8 * size as u64);
             set_rsp(v, sp);
