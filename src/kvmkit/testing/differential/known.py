@@ -205,16 +205,16 @@ def _null_sysenter(case: Case, ours: Outcome, theirs: Outcome, found: Difference
 
 
 def _sysret_flags(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    a, b = found.get("rflags", (0, 0))
-    return (
-        set(found) == {"rflags"}
-        and (a ^ b) & ~(RF | 0x1A0000) == 0
-        and contains("0f07")(case, ours, theirs, found)
-    )
+    a, b = found["rflags"]
+    return (a ^ b) & ~(RF | 0x1A0000) == 0 and contains("0f07")(case, ours, theirs, found)
 
 
 def _ignored_bits(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
-    return all((a ^ b) & ~0x1FFAFFC0 == 0 for a, b in found.values())
+    stored = contains("0f22")(case, ours, theirs, found)
+    multiplies = any(item.kind == "multiply" for item in case.items)  # what was read of CR0
+    return stored and all(
+        (multiplies and name != "cr0") or (a ^ b) & ~0x1FFAFFC0 == 0 for name, (a, b) in found.items()
+    )
 
 
 def _stack_address(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -289,11 +289,19 @@ def _absent_stack(case: Case, ours: Outcome, theirs: Outcome, found: Differences
 
 def _sign_of_ret(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
     a, b = found.get("rsp", (0, 0))
-    return (
-        case.mode.bits != 64
-        and (a - b) & 0xFFFFFFFF == 0x10000
-        and not case.rip <= ours.values["rip"] <= case.rip + len(case.code)
-    )
+    jumps = any(re.match("(jmp|call) .*ptr", item.source) for item in case.items)
+    return case.mode.bits != 64 and (a - b) & 0xFFFFFFFF == 0x10000 and jumps
+
+
+def _null_stack(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    ss = theirs.values.get("ss", 0)
+    returns = ours.vector == 13 and opcode(ours, case)[:1] in (b"\xcf", b"\xca", b"\xcb")
+    return case.mode.bits == 64 and returns and 0 < ss < 4 and ss != theirs.values["cs"] & 3
+
+
+def _four_gigabytes(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
+    over = 0xFFFFFFF0 <= theirs.values.get("cr2", 0) <= 0xFFFFFFFF
+    return case.mode.bits == 32 and ours.vector in (12, 13) and theirs.vector == 14 and over
 
 
 def _test_by_f6_1(case: Case, ours: Outcome, theirs: Outcome, found: Differences) -> bool:
@@ -359,11 +367,11 @@ UNICORN = (
     Rule("ICEBP", "Unicorn takes 0xf1 for invalid; it is #DB (INT1)", lambda case, ours, theirs, found: ours.vector == 1 and theirs.vector == 6),
     Rule("I/O in user mode", "Unicorn has executed IN or OUT when the permission bitmap's #GP comes, if it comes", _port),
     Rule("reserved bits of CR0 and CR4", "Unicorn stores any value (SDM 3, 2.5)", refused("0f22")),
-    Rule("ignored bits of CR0", "what is reserved below bit 32 reads as 0; Unicorn stores it (SDM 3, 2.5)", _ignored_bits, "cr0|rax"),
+    Rule("ignored bits of CR0", "what is reserved below bit 32 reads as 0; Unicorn stores it (SDM 3, 2.5)", _ignored_bits, "cr0|rax|rdx"),
     Rule("absent control registers", "#UD whoever asks, as a processor shows in user mode; Unicorn looks at CPL first", refused("0f20", "0f22", vector=6)),
     Rule("DR7.GD", "Unicorn has no general detect (SDM 3, 17.2.4)", refused("0f21", "0f23", vector=1)),
     Rule("SYSRET", "#UD outside 64-bit mode; Unicorn does as AMD's processors", refused("0f07", vector=6)),
-    Rule("flags of SYSRET", "R11 & 3C7FD7 (SYSRET); Unicorn loads VM and leaves VIF and VIP", _sysret_flags),
+    Rule("flags of SYSRET", "R11 & 3C7FD7 (SYSRET); Unicorn loads VM and leaves VIF and VIP", _sysret_flags, "rflags"),
     Rule("a null SYSENTER_CS", "only bits 2 to 15 count: 1 to 3 are null, too (SYSENTER, SYSEXIT)", _null_sysenter),
     Rule("a null TR", "LTR of a null selector is #GP(0)", refused("0f00")),
     Rule("bases of LGDT and LIDT", "they must be canonical in 64-bit mode", _table_base),
@@ -385,6 +393,8 @@ UNICORN = (
     Rule("RCL and RCR of code", "Unicorn begins an instruction anew that writes to its own page, with the CF that it left", _rotates_itself),
     Rule("CMPXCHG of 32 bits", "a destination that isn't equal keeps its upper half, as processors show; Unicorn clears it", _whole_register, "r.*"),
     Rule("SS that isn't present", "is #SS to a return (IRET, RET); Unicorn raises #NP", _absent_stack),
+    Rule("a null SS", "may be returned to in 64-bit mode with the RPL of the code (MOV, IRET), else it is #GP; Unicorn takes it", _null_stack),
+    Rule("accesses over 4 GB", "of a segment of 4 GB fault by its limit or don't (SDM 3, 5.3); ours do, Unicorn's don't", _four_gigabytes),
     Rule("sign of RET's operand", "it has none (RET); Unicorn extends it to a stack pointer of 32 bits", _sign_of_ret),
     Rule("TEST by F6 /1", "is TEST to processors, and invalid to Unicorn", _test_by_f6_1),
     Rule("targets of returns", "IRET and RET look whether they are beyond the limit (IRET, RET); Unicorn doesn't", _returned_beyond_the_limit),
